@@ -1,0 +1,1 @@
+"""Knows how a Flask app is used."""

@@ -1,0 +1,42 @@
+"""What can go wrong, as exceptions.
+
+UsageMetricsError
+├── ConfigError (ValueError)      a setting or argument is wrong; raised at set-up only
+└── StorageError
+    ├── StorageUnavailable        nothing was written, the same batch may succeed later
+    └── RecordsRejected           some records can never be written, the others were
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UsageMetricsError(Exception):
+    """Base of all exceptions of this package."""
+
+
+class ConfigError(UsageMetricsError, ValueError):
+    """A setting or argument is wrong: what was given, where, and what is expected."""
+
+
+class StorageError(UsageMetricsError):
+    """A storage could not do what it was asked for."""
+
+
+class StorageUnavailable(StorageError):
+    """The storage cannot be reached or opened now: nothing was written, try again later."""
+
+
+class RecordsRejected(StorageError):
+    """Some records of a batch can never be written; all others of the batch were.
+
+    Args:
+        positions: Positions in the batch of the records that were refused.
+        reason: The name of the first refusal's exception class.
+    """
+
+    def __init__(self, positions: Sequence[int], reason: str) -> None:
+        super().__init__(f"{len(positions)} record(s) rejected: {reason}")
+        self.positions = positions
+        self.reason = reason

@@ -1,0 +1,58 @@
+"""Failures of our own: logged once per kind, counted always, never raised."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+logger = logging.getLogger("flask_usage_metrics")
+
+QUIET_SECONDS = 300.0
+"""A fault of the same kind is logged again after this long at the earliest."""
+
+
+class Faults:
+    """Counts what went wrong inside this package, by the part it went wrong in.
+
+    An exception's own text may hold an address, a query string or a token, so only its class is
+    logged; the traceback follows at level DEBUG.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, int] = {}
+        self._logged_at: dict[tuple[str, str], float] = {}
+
+    def report(self, part: str, error: BaseException | str, consequence: str) -> None:
+        """Count a fault, and log it unless one of its kind was logged lately.
+
+        Args:
+            part: Where it happened, from a small fixed set (``"capture"``, ``"country"``, ...).
+            error: What happened. Of an exception only the class is logged; a text is logged as it
+                is and must not hold anything that came with a request.
+            consequence: What it means for the user, as a clause.
+        """
+        kind = error if isinstance(error, str) else type(error).__name__
+        now = time.monotonic()
+        with self._lock:
+            self._counts[part] = self._counts.get(part, 0) + 1
+            logged_at = self._logged_at.get((part, kind))
+            quiet = logged_at is not None and now - logged_at < QUIET_SECONDS
+            if not quiet:
+                self._logged_at[part, kind] = now
+        if quiet:
+            return
+        logger.warning("%s: %s; %s", part, kind, consequence)
+        if isinstance(error, BaseException):
+            logger.debug("%s: %s", part, kind, exc_info=error)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many faults each part had since the start of the process."""
+        with self._lock:
+            return dict(self._counts)
+
+    def reset_after_fork(self) -> None:
+        """Start anew in a forked child, whose parent keeps counting its own."""
+        self._lock = threading.Lock()
+        self._counts = {}

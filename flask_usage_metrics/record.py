@@ -1,0 +1,103 @@
+"""The record of one request: the one value every output is made from."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+
+class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one request.
+
+    Every text is clean: valid Unicode without NUL, cut to a bound. An unknown value is ``None``.
+
+    Attributes:
+        id: UUIDv7 as text; sorts by time; the key that tells a duplicate.
+        started_at: When the request reached us; timezone-aware UTC, microseconds.
+        duration_seconds: Seconds from the first byte of our wrapper until the last byte was
+            handed to the server; >= 0.
+        method: As sent, at most 32 characters; not checked against a list.
+        scheme: ``"http"`` or ``"https"``, as the server saw it.
+        host: Host and port as the client named them.
+        root_path: Prefix the app is mounted under, without a trailing slash; ``""`` if none.
+        path: Path below `root_path`, decoded, without the query string.
+        query: Query string without ``?``, still percent-encoded; ``""`` if none.
+        protocol: Such as ``"HTTP/1.1"``.
+        endpoint: Flask's endpoint; None when no route matched.
+        rule: URL rule, such as ``"/user/<name>"``; None when no route matched.
+        blueprint: Name of the blueprint, dotted when nested.
+        view_args: Arguments of the view, as JSON values; None when no route matched.
+        status: HTTP status code that was sent; 0 when it is not a number.
+        exception: Class name of the exception nobody handled.
+        bytes_sent: Bytes of the response's body handed to the server.
+        bytes_received: Content-Length of the request; None when not given.
+        remote_addr: Normalised address of the client.
+        forwarded_for: The X-Forwarded-For header as it came.
+        country: ISO 3166-1 alpha-2 code, upper case.
+        ip_info: What the HTTP country service answered, as JSON values.
+        user_agent: The User-Agent header, at most 512 characters.
+        browser: Such as ``"Chrome"``.
+        browser_version: Major version, such as ``"126"``.
+        platform: Operating system, such as ``"Windows"``.
+        language: First choice of Accept-Language, such as ``"en-US"``.
+        client: Kind of client: human, search-bot, ai-training, ai-search, ai-agent, preview,
+            feed, monitor, script or other-bot.
+        referrer: The Referer header.
+        authorization: Whether an Authorization header came that can be parsed.
+        username: Who made the request.
+        visitor: Identifier of the visitor.
+        track_var: What the view put into ``g.track_var``, as JSON values.
+        trace_id: Trace the request belongs to.
+        span_id: Span of the request.
+        queue_seconds: Seconds the request waited in front of the app, by the proxy's
+            X-Request-Start header.
+        app: Name of the Flask app.
+        process: ``"host:pid"`` of the process that answered.
+    """
+
+    id: str
+    started_at: datetime
+    duration_seconds: float
+    method: str
+    scheme: str
+    host: str
+    root_path: str
+    path: str
+    query: str
+    protocol: str
+    endpoint: str | None
+    rule: str | None
+    blueprint: str | None
+    view_args: dict[str, Any] | None
+    status: int
+    exception: str | None
+    bytes_sent: int
+    bytes_received: int | None
+    remote_addr: str | None
+    forwarded_for: str | None
+    country: str | None
+    ip_info: dict[str, Any] | None
+    user_agent: str | None
+    browser: str | None
+    browser_version: str | None
+    platform: str | None
+    language: str | None
+    client: str
+    referrer: str | None
+    authorization: bool
+    username: str | None
+    visitor: str | None
+    track_var: dict[str, Any]
+    trace_id: str | None
+    span_id: str | None
+    queue_seconds: float | None
+    app: str
+    process: str
+
+    @property
+    def url(self) -> str:
+        """The whole URL, its path decoded."""
+        url = f"{self.scheme}://{self.host}{self.root_path}{self.path}"
+        return f"{url}?{self.query}" if self.query else url

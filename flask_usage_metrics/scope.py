@@ -1,0 +1,172 @@
+"""Which requests are tracked: by view, endpoint, glob, path or blueprint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+from weakref import WeakSet
+
+from flask import Blueprint, Flask
+
+from flask_usage_metrics.errors import ConfigError
+
+
+class Marks:
+    """What was marked by `TrackUsage.include` or by `TrackUsage.exclude`.
+
+    Attributes:
+        scopes: Who must decide again when there is a new mark.
+    """
+
+    def __init__(self, patterns: Sequence[str] = ()) -> None:
+        self.scopes: WeakSet[Scope] = WeakSet()
+        self._views: list[object] = []
+        self._endpoints: list[str] = []
+        self._paths: list[str] = []
+        self._blueprints: list[str | Blueprint] = []
+        self._unmatched = False
+        for pattern in patterns:
+            self.add(pattern)
+
+    def add(self, target: object) -> None:
+        """Mark a view, an endpoint or glob, a path or glob (starting with /), or None.
+
+        None marks the requests that no route matched.
+
+        Raises:
+            ConfigError: The target is none of these.
+        """
+        if target is None:
+            self._unmatched = True
+        elif isinstance(target, str):
+            (self._paths if target.startswith("/") else self._endpoints).append(target)
+        elif callable(target):
+            self._views.append(target)
+        else:
+            raise ConfigError(
+                f"expected a view, an endpoint, a glob or a path, not {type(target).__name__}"
+            )
+        for scope in self.scopes:
+            scope.forget()
+
+    def add_blueprint(self, blueprint: object) -> None:
+        """Mark a blueprint, given itself or by its full name, and all that is nested in it.
+
+        Raises:
+            ConfigError: It is neither.
+        """
+        if not isinstance(blueprint, str | Blueprint):
+            raise ConfigError(f"expected a blueprint or its name, not {type(blueprint).__name__}")
+        self._blueprints.append(blueprint)
+        for scope in self.scopes:
+            scope.forget()
+
+    @property
+    def by_path(self) -> bool:
+        """Whether a path is among the marks."""
+        return bool(self._paths)
+
+    def match_path(self, path: str) -> bool:
+        """Tell whether a path is marked."""
+        return any(fnmatchcase(path, pattern) for pattern in self._paths)
+
+    def match_endpoint(self, app: Flask, endpoint: str | None) -> bool:
+        """Tell whether an endpoint is marked, by itself, its view or its blueprint."""
+        if endpoint is None:
+            return self._unmatched
+        if any(fnmatchcase(endpoint, pattern) for pattern in self._endpoints):
+            return True
+        layers = _layers(app.view_functions.get(endpoint))
+        if any(view is layer for view in self._views for layer in layers):
+            return True
+        return any(self._match_blueprint(app, name) for name in _blueprint_names(endpoint))
+
+    def _match_blueprint(self, app: Flask, name: str) -> bool:
+        registered = app.blueprints.get(name)
+        return any(
+            marked == name if isinstance(marked, str) else marked is registered
+            for marked in self._blueprints
+        )
+
+
+class Scope:
+    """Decides, for one app, which requests are tracked; each endpoint is decided once.
+
+    Args:
+        app: The app the endpoints belong to.
+        include_only: Track only what is included; otherwise all but what is excluded.
+        included: What was included.
+        excluded: What was excluded; wins over `included`.
+        never: Patterns that are excluded by configuration; they win over `included` too.
+        own: Endpoints of this package, never tracked.
+
+    Attributes:
+        decided: What was decided for each endpoint; empty as long as it depends on the path.
+    """
+
+    def __init__(
+        self,
+        app: Flask,
+        *,
+        include_only: bool,
+        included: Marks,
+        excluded: Marks,
+        never: Sequence[str],
+        own: Sequence[str],
+    ) -> None:
+        self._app = app
+        self._include_only = include_only
+        self._included = included
+        self._excluded = excluded
+        self._never = Marks(never)
+        self._own = frozenset(own)
+        self.decided: dict[str | None, bool] = {}
+        for marks in (included, excluded):
+            marks.scopes.add(self)
+
+    def tracks(self, endpoint: str | None, path: str) -> bool:
+        """Tell whether a request is tracked.
+
+        Args:
+            endpoint: Flask's endpoint; None when no route matched.
+            path: Path below the app's root, decoded.
+        """
+        tracked = self._decide(endpoint, path)
+        if not any(marks.by_path for marks in (self._included, self._excluded, self._never)):
+            self.decided[endpoint] = tracked
+        return tracked
+
+    def forget(self) -> None:
+        """Decide again: a mark was added."""
+        self.decided = {}
+
+    def _decide(self, endpoint: str | None, path: str) -> bool:
+        if endpoint in self._own or any(
+            marks.match_endpoint(self._app, endpoint) or marks.match_path(path)
+            for marks in (self._never, self._excluded)
+        ):
+            return False
+        if not self._include_only:
+            return True
+        return endpoint is not None and (
+            self._included.match_endpoint(self._app, endpoint) or self._included.match_path(path)
+        )
+
+
+def _layers(view: Callable[..., Any] | None) -> list[object]:
+    """Return the view, the functions it wraps, and the classes it was made from."""
+    layers: list[object] = []
+    while view is not None and not any(view is layer for layer in layers):
+        layers.append(view)
+        view_class = getattr(view, "view_class", None)
+        if view_class is not None:
+            layers.append(view_class)
+        view = getattr(view, "__wrapped__", None)
+    return layers
+
+
+def _blueprint_names(endpoint: str) -> list[str]:
+    """Return the full names of the blueprints around an endpoint: a.b.view -> [a, a.b]."""
+    parts = endpoint.split(".")[:-1]
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
