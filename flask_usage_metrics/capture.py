@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Request, got_request_exception, request, request_finished
-from werkzeug.exceptions import HTTPException
 from werkzeug.wsgi import ClosingIterator, FileWrapper
 
 from flask_usage_metrics.faults import Faults
@@ -45,6 +44,7 @@ class Capture:
         scope: Which requests are tracked.
         submit: Takes the observation; called in the request's thread when its last byte is handed
             to the server.
+        lose: Called instead where none could be made.
         username: Called without arguments in the request's context; what it returns, if not None,
             is the user's name.
         headers: WSGI names of the headers the country sources ask for.
@@ -57,12 +57,14 @@ class Capture:
         *,
         scope: Scope,
         submit: Callable[[Observation], None],
+        lose: Callable[[], None],
         username: Callable[[], object] | None,
         headers: tuple[str, ...],
         faults: Faults,
     ) -> None:
         self.scope = scope
         self.submit = submit
+        self.lose = lose
         self.username = username
         self.keys = (*ENVIRON_KEYS, *headers)
         self.absent = ("",) * len(self.keys)
@@ -103,7 +105,7 @@ class Capture:
 
     def match(self, environ: WSGIEnvironment) -> Request | None:
         """Route a request again that ended before anything could be learned of it."""
-        with suppress(HTTPException):
+        with suppress(Exception):  # not routable: by whatever made it end, too
             again = self._app.request_class(environ, populate_request=False)
             adapter = self._app.create_url_adapter(again)
             if adapter is not None:
@@ -129,12 +131,12 @@ class Exchange:
 
     # What most exchanges never set.
     exception: str | None = None
-    _username: object = None
+    _username: str | None = None
     _request: Request | None = None
     _status = ""
     _expected = ""
     _sent = 0
-    _whole: tuple[bytes, ...] | None = None
+    _taken: tuple[bytes, ...] | None = None
 
     def __init__(
         self, capture: Capture, environ: WSGIEnvironment, start_response: StartResponse
@@ -160,7 +162,7 @@ class Exchange:
         environ = self._environ
         if environ is not None and "werkzeug.request" in environ:
             learned = environ["werkzeug.request"]
-            if learned is not None:
+            if isinstance(learned, Request):  # Werkzeug's test client leaves one of its own there
                 self.learn(learned)
         if exc_info is None:
             self._write = self._start_response(status, headers)
@@ -179,7 +181,8 @@ class Exchange:
         username = self._capture.username
         if username is not None and self._username is None and self.is_tracked():
             try:
-                self._username = username()
+                name = username()
+                self._username = None if name is None else str(name)[:_MAX_USERNAME]
             except Exception as error:  # noqa: BLE001 - it is the app's, and must not end a request
                 self._capture.faults.report("username", error, "a request's user is not known")
 
@@ -203,10 +206,10 @@ class Exchange:
         self._body = body
         self._next = iter(body).__next__
         if self._expected:
-            self._take_whole()
+            self._take_first()
         return self
 
-    def _take_whole(self) -> None:
+    def _take_first(self) -> None:
         """Take the first chunk; if it is the whole body, the exchange is over before it is sent.
 
         So no iteration of ours is needed, and a client that reads no further loses nothing.
@@ -214,22 +217,23 @@ class Exchange:
         try:
             chunk = self._next()
         except StopIteration:
-            self._whole = ()
+            self._taken = ()
         except BaseException as error:
             self.fail(error)
             self.close()
             raise
         else:
-            self._whole = (chunk,)
+            self._taken = (chunk,)
             self._sent += len(chunk)
             if self._sent < _as_int(self._expected):
                 return
         self.finish()
 
     def __iter__(self) -> Iterator[bytes]:
-        if self._whole is None:
+        taken, self._taken = self._taken, None
+        if taken is None:
             return self
-        return iter(self._whole) if self._environ is None else chain(self._whole, self)
+        return iter(taken) if self._environ is None else chain(taken, self)
 
     def __next__(self) -> bytes:
         try:
@@ -238,8 +242,11 @@ class Exchange:
             self.finish()
             raise
         except BaseException as error:
-            self.exception = type(error).__name__
-            self.finish()
+            if self._sent:
+                self.exception = type(error).__name__
+                self.finish()
+            else:  # nothing was sent yet, not even the status (PEP 3333): the server answers 500
+                self.fail(error)
             raise
         self._sent += len(chunk)
         if self._expected and self._sent >= _as_int(self._expected):
@@ -266,7 +273,7 @@ class Exchange:
         if environ is None:
             return False
         learned = self._request or environ.get("werkzeug.request")
-        rule = None if learned is None else learned.url_rule
+        rule = learned.url_rule if isinstance(learned, Request) else None
         endpoint = None if rule is None else rule.endpoint
         tracked = self._capture.scope.decided.get(endpoint)
         if tracked is None:
@@ -294,6 +301,7 @@ class Exchange:
                 capture.submit(self._observe(environ, duration_ns))
         except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
             capture.faults.report("capture", error, "a request was not counted")
+            capture.lose()
         finally:
             capture.live.discard(self)
             environ.pop(capture.key, None)
@@ -322,7 +330,7 @@ class Exchange:
             self.exception,
             self._sent,
             authorization,
-            None if username is None else str(username)[:_MAX_USERNAME],
+            username,
             self._json("track_var", environ[TRACK_VAR]) if TRACK_VAR in environ else None,
         )
 
@@ -344,11 +352,14 @@ def _kept(values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple([value[:_MAX_CUT] for value in values])
 
 
-def _authorized(learned: Request, username: object) -> tuple[bool, object]:
+def _authorized(learned: Request, username: str | None) -> tuple[bool, str | None]:
     """Return whether the client authorised itself, and who it is if not known better."""
-    parsed = learned.authorization
-    if username is None and parsed is not None and parsed.type == "basic":
-        username = parsed.username
+    try:
+        parsed = learned.authorization
+    except ValueError:  # Werkzeug 3.1 lets one that is not ASCII pass
+        return False, username
+    if username is None and parsed is not None and parsed.type == "basic" and parsed.username:
+        username = parsed.username[:_MAX_USERNAME]
     return parsed is not None, username
 
 

@@ -90,6 +90,8 @@ _encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
 def _plain(value: Any, depth: int) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**64:
+        return _text(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     if depth and isinstance(value, dict):

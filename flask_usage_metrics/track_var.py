@@ -16,7 +16,8 @@ def install(app: Flask) -> None:
     A hook would not do: one that runs earlier could answer the request or already want the dict,
     and up to Flask 3.1 a nested request shares the ``g`` of the outer one.
     """
-    app.app_ctx_globals_class = type("Globals", (_TrackVar, app.app_ctx_globals_class), {})
+    globals_class: Any = type("Globals", (_TrackVar, app.app_ctx_globals_class), {})
+    app.app_ctx_globals_class = globals_class
 
 
 class _TrackVar:
@@ -29,12 +30,15 @@ class _TrackVar:
     def track_var(self) -> Any:
         return self._home().setdefault(TRACK_VAR, {})
 
-    @track_var.setter
-    def track_var(self, value: Any) -> None:
-        self._home()[TRACK_VAR] = value
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Flask's class writes into __dict__, past any property.
+        if name == "track_var":
+            self._home()[TRACK_VAR] = value
+        else:
+            super().__setattr__(name, value)
 
     def __contains__(self, name: str) -> bool:
-        return name == "track_var" or super().__contains__(name)  # type: ignore[misc, no-any-return]
+        return name == "track_var" or super().__contains__(name)  # type: ignore[misc]
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return an attribute, or the default."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
 from flask_usage_metrics.errors import RecordsRejected
@@ -75,6 +75,13 @@ def as_dict(record: UsageRecord) -> dict[str, Any]:
     return fields
 
 
+class _ClassName:
+    """The name of a storage that was given none: that of its class."""
+
+    def __get__(self, instance: object, owner: type) -> str:
+        return _clean_name(owner.__name__.lower())
+
+
 class Writer:
     """Something records are written to.
 
@@ -83,9 +90,10 @@ class Writer:
 
     Attributes:
         name: Short name, the value of the label ``sink``; it never holds an address or a secret.
+            Unless a subclass or an instance sets one: the name of its class in lower case.
     """
 
-    name: str = ""
+    name: str = cast(str, _ClassName())
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.set_up(*args, **kwargs)
@@ -143,7 +151,7 @@ class CallableWriter(Writer):
     def set_up(self, function: Callable[[dict[str, Any]], Any]) -> None:
         """Keep the callable."""
         self._function = function
-        self.name = str(getattr(function, "__name__", type(function).__name__))
+        self.name = _clean_name(str(getattr(function, "__name__", type(function).__name__)))
 
     def store(self, data: dict[str, Any]) -> Any:
         """Call the callable."""
@@ -162,7 +170,6 @@ class Storage(Writer):
     """
 
     bounds: Sequence[float] = BUCKETS
-    MAX_PAGE: ClassVar[int] = 500
 
     def select(self, wanted: Filter, order: Order, limit: int | None) -> Iterator[UsageRecord]:
         """Yield the wanted records by (started_at, id); for subclasses."""
@@ -276,8 +283,10 @@ class Storage(Writer):
         page: int = 1,
     ) -> list[dict[str, Any]]:
         end = as_utc(end_date)
-        # The inclusive end in terms of a half-open range: times have microseconds.
-        until = None if end is None else end + timedelta(microseconds=1)
+        # The inclusive end in terms of a half-open range: times have microseconds. After the last
+        # moment there is, which people pass for "no end", there is no other.
+        last = datetime.max.replace(tzinfo=timezone.utc)
+        until = None if end is None or end == last else end + timedelta(microseconds=1)
         first = (max(page, 1) - 1) * limit
         records = self.records(start_date, until, order="newest", limit=first + limit)
         return [_usage_item(record) for record in islice(records, first, None)]
@@ -289,6 +298,10 @@ class Storage(Writer):
             StorageUnavailable: The storage cannot be reached now.
         """
         raise NotImplementedError(f"{type(self).__name__} does not offer prune()")
+
+
+def _clean_name(name: str) -> str:
+    return "".join(character if character.isprintable() else "_" for character in name[:64])
 
 
 def _usage_item(record: UsageRecord) -> dict[str, Any]:

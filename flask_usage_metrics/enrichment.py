@@ -1,0 +1,213 @@
+"""An Observation -> the UsageRecord: texts cleaned, country and client found."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from datetime import datetime, timedelta, timezone
+from functools import lru_cache
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from flask_usage_metrics import clients
+from flask_usage_metrics.address import TrustedProxies, normalise
+from flask_usage_metrics.country import Locator
+from flask_usage_metrics.observation import ENVIRON_KEYS, Observation
+from flask_usage_metrics.record import UsageRecord
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_MAX_INT = 2**63 - 1
+_MAX_QUEUE_SECONDS = 3600.0
+
+
+class Enricher:
+    """Makes records of one app's observations; for one caller at a time.
+
+    Args:
+        app: Name of the app.
+        locator: Where countries are looked up.
+        trusted: Which proxies are believed.
+    """
+
+    def __init__(self, app: str, locator: Locator, trusted: TrustedProxies) -> None:
+        self._app = _clean(app, 128)
+        self._locator = locator
+        self._trusted = trusted
+        self.reset_after_fork()
+
+    def reset_after_fork(self) -> None:
+        """Take another process' identity."""
+        self._process = _clean(f"{socket.gethostname()}:{os.getpid()}", 128)
+        self._nonce = secrets.randbits(62)
+
+    def enrich(self, seen: Observation) -> UsageRecord | None:
+        """Return the record of an observation; None while its country is being asked for.
+
+        Raises:
+            Exception: The observation holds something nobody thought of.
+        """
+        (
+            method,
+            scheme,
+            host,
+            server_name,
+            server_port,
+            root_path,
+            path,
+            query,
+            protocol,
+            content_length,
+            remote_addr,
+            forwarded_for,
+            user_agent,
+            accept_language,
+            referrer,
+            request_start,
+            queue_start,
+        ) = seen.environ[: len(ENVIRON_KEYS)]
+        peer = normalise(remote_addr if seen.peer is None else seen.peer)
+        # Where ProxyFix has replaced the address, it has read the header already.
+        walk = self._trusted and seen.peer is None and forwarded_for
+        address = (
+            self._trusted.client(remote_addr, forwarded_for) if walk else normalise(remote_addr)
+        )
+        answer = self._locator.locate(
+            address, seen.environ[len(ENVIRON_KEYS) :], peer in self._trusted
+        )
+        if answer is None:
+            return None
+        client = clients.describe(user_agent)
+        return UsageRecord(
+            id=self._id(seen),
+            started_at=_EPOCH + timedelta(microseconds=seen.started_ns // 1000),
+            duration_seconds=seen.duration_ns / 1e9,
+            method=_clean(method, 32),
+            scheme=_clean(scheme, 8),
+            host=_clean(host or _host(scheme, server_name, server_port), 255),
+            root_path=_clean(root_path, 1024).rstrip("/"),
+            path=_clean(path, 2048),
+            query=_clean(query, 4096),
+            protocol=_clean(protocol, 16),
+            endpoint=_label(seen.endpoint),
+            rule=_label(seen.rule),
+            blueprint=_blueprint(seen.endpoint),
+            view_args=_arguments(seen),
+            status=seen.status,
+            exception=_label(seen.exception),
+            bytes_sent=min(seen.bytes_sent, _MAX_INT),
+            bytes_received=_count(content_length),
+            remote_addr=address,
+            forwarded_for=_clean(forwarded_for, 512) or None,
+            country=answer.country,
+            ip_info=answer.ip_info,
+            user_agent=_clean(user_agent, 512) or None,
+            browser=client.browser,
+            browser_version=client.version,
+            platform=client.platform,
+            language=clients.language(accept_language),
+            client=client.kind,
+            referrer=_clean(referrer, 2048) or None,
+            authorization=seen.authorization,
+            username=None if seen.username is None else _unicode(seen.username),
+            visitor=None,
+            track_var=_json(seen.track_var) if seen.track_var else {},
+            trace_id=None,
+            span_id=None,
+            queue_seconds=_queue_seconds(request_start or queue_start, seen.started_ns),
+            app=self._app,
+            process=self._process,
+        )
+
+    def _id(self, seen: Observation) -> str:
+        """Return a UUIDv7 (RFC 9562, section 5.7): the same one whenever it is made.
+
+        The 12 bits after the milliseconds hold their fraction (method 3 of section 6.2); the rest
+        is a random number of the process plus the number of the request.
+        """
+        milliseconds, rest = divmod(seen.started_ns, 1_000_000)
+        number = (milliseconds & (2**48 - 1)) << 80
+        number |= 7 << 76 | (rest * 4096 // 1_000_000) << 64
+        number |= 2 << 62 | (self._nonce + seen.sequence) & (2**62 - 1)
+        return str(UUID(int=number))
+
+
+def _clean(text: str, length: int) -> str:
+    """Return what came as Latin-1 (PEP 3333) as the UTF-8 text it is, without NUL, cut."""
+    text = text[: 4 * length]
+    if not text.isascii():
+        # A surrogate can come from a server that decodes otherwise, or from a test client.
+        text = text.encode("latin-1", "replace").decode("utf-8", "replace")
+    return (text.replace("\0", "") if "\0" in text else text)[:length]
+
+
+def _unicode(text: str) -> str:
+    """Return a text of the app's own with only valid Unicode, without NUL."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "")
+
+
+@lru_cache(4096)
+def _label(text: str | None) -> str | None:
+    return None if text is None else _unicode(text)[:512]
+
+
+@lru_cache(4096)
+def _blueprint(endpoint: str | None) -> str | None:
+    if endpoint is None or "." not in endpoint:
+        return None
+    return _label(endpoint.rpartition(".")[0])
+
+
+def _host(scheme: str, name: str, port: str) -> str:
+    return name if (scheme, port) in (("http", "80"), ("https", "443")) else f"{name}:{port}"
+
+
+def _count(text: str) -> int | None:
+    """Return the Content-Length; None if it is none."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 19):
+        return None
+    return min(int(text), _MAX_INT)
+
+
+def _arguments(seen: Observation) -> dict[str, Any] | None:
+    if seen.view_args is not None:
+        return _json(seen.view_args)
+    return None if seen.endpoint is None else {}
+
+
+def _json(encoded: bytes) -> dict[str, Any]:
+    value = msgspec.json.decode(encoded)
+    if b"\\u0000" in encoded:
+        value = _without_nul(value)
+    # The app may have put something else in place of the dict.
+    return value if isinstance(value, dict) else {"value": value}
+
+
+def _without_nul(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\0", "")
+    if isinstance(value, list):
+        return [_without_nul(inner) for inner in value]
+    if isinstance(value, dict):
+        return {key.replace("\0", ""): _without_nul(inner) for key, inner in value.items()}
+    return value
+
+
+def _queue_seconds(text: str, started_ns: int) -> float | None:
+    """Return how long a request waited, by what the proxy says of when it came.
+
+    X-Request-Start holds ``t=`` and seconds (nginx), milliseconds (Heroku) or microseconds
+    (Apache) since the epoch; which of these, its size tells.
+    """
+    text = text.strip().removeprefix("t=")
+    try:
+        came = float(text)
+    except ValueError:
+        return None
+    for scale in (1.0, 1e3, 1e6, 1e9):
+        waited = started_ns / 1e9 - came / scale
+        if -1.0 <= waited <= _MAX_QUEUE_SECONDS:
+            return max(waited, 0.0)  # two machines' clocks differ
+    return None

@@ -1,0 +1,179 @@
+"""Every Prometheus name, label and bound of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from flask_usage_metrics.query import BUCKETS
+
+REQUEST_LABELS = ("method", "endpoint", "status", "country")
+LABELS = (*REQUEST_LABELS, "exception", "client", "sink", "result", "label", "part", "version")
+
+METHODS = frozenset(
+    ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
+)
+"""RFC 9110, section 9, and PATCH of RFC 5789."""
+
+OTHER_METHOD = OTHER_STATUS = "_OTHER"
+UNMATCHED = "__unmatched__"
+UNKNOWN_COUNTRY = "ZZ"
+FOLDED = "__other__"
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What is always the same about a metric family.
+
+    Attributes:
+        name: As Prometheus sees it; a counter's with ``_total``.
+        help: One sentence.
+        labels: Names before `Shape.label_names` renames them.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+REQUESTS = Description(
+    "flask_usage_requests_total", "counter", "Requests that were answered.", REQUEST_LABELS
+)
+DURATION = Description(
+    "flask_usage_request_duration_seconds",
+    "histogram",
+    "Seconds from the request's arrival until the last byte was handed to the server.",
+    REQUEST_LABELS,
+)
+EXCEPTIONS = Description(
+    "flask_usage_exceptions_total",
+    "counter",
+    "Exceptions that no error handler answered, mid-stream ones included.",
+    ("endpoint", "exception"),
+)
+RESPONSE_BYTES = Description(
+    "flask_usage_response_bytes_total",
+    "counter",
+    "Bytes of response bodies handed to the server.",
+    ("endpoint",),
+)
+REQUEST_BYTES = Description(
+    "flask_usage_request_bytes_total",
+    "counter",
+    "Bytes of request bodies, by their Content-Length.",
+    ("endpoint",),
+)
+CLIENT_REQUESTS = Description(
+    "flask_usage_client_requests_total",
+    "counter",
+    "Requests by kind of client: human, search-bot, ai-training, ...",
+    ("client",),
+)
+IN_PROGRESS = Description(
+    "flask_usage_requests_in_progress",
+    "gauge",
+    "Requests being answered now; never the scrape itself.",
+)
+RECORDS = Description(
+    "flask_usage_records_total",
+    "counter",
+    "Records by what became of them in each sink: written, dropped (no room) or failed.",
+    ("sink", "result"),
+)
+PENDING = Description(
+    "flask_usage_records_pending", "gauge", "Records each sink has yet to write.", ("sink",)
+)
+SINK_UP = Description(
+    "flask_usage_sink_up", "gauge", "1 if the sink's last write went well, else 0.", ("sink",)
+)
+OVERFLOW = Description(
+    "flask_usage_label_overflow_total",
+    "counter",
+    "Requests whose label was folded into __other__ because the table of series is full.",
+    ("label",),
+)
+FAULTS = Description(
+    "flask_usage_faults_total",
+    "counter",
+    "Failures inside flask_usage_metrics, by part; none of them reached a visitor.",
+    ("part",),
+)
+BUILD_INFO = Description(
+    "flask_usage_build_info", "gauge", "1, with the version of flask_usage_metrics.", ("version",)
+)
+
+DESCRIPTIONS = (
+    REQUESTS,
+    DURATION,
+    EXCEPTIONS,
+    RESPONSE_BYTES,
+    REQUEST_BYTES,
+    CLIENT_REQUESTS,
+    IN_PROGRESS,
+    RECORDS,
+    PENDING,
+    SINK_UP,
+    OVERFLOW,
+    FAULTS,
+    BUILD_INFO,
+)
+"""All families, in the order they are exposed in."""
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """What apps on one registry must agree on.
+
+    Attributes:
+        max_series: Label sets of the request families, before folding.
+        histogram_labels: Labels of the histogram, some of `REQUEST_LABELS` in their order.
+        buckets: Upper bounds of the latency buckets in seconds, ascending.
+        label_names: New names of labels, by their own.
+    """
+
+    max_series: int = 10_000
+    histogram_labels: tuple[str, ...] = REQUEST_LABELS
+    buckets: tuple[float, ...] = BUCKETS
+    label_names: dict[str, str] = {}
+
+
+class LabelSet:
+    """The label values of one series, and their text in an exposition.
+
+    Attributes:
+        values: Clean values, in the order of the family's labels.
+        text: ``name="value",...``, escaped.
+    """
+
+    __slots__ = ("text", "values")
+
+    def __init__(self, names: Iterable[str], values: tuple[str, ...]) -> None:
+        self.values = values
+        pairs = zip(names, values, strict=True)
+        self.text = ",".join(f'{name}="{_escape(value)}"' for name, value in pairs)
+
+
+class Family(msgspec.Struct, frozen=True):
+    """A family at one moment.
+
+    Attributes:
+        labels: Names of the labels, renamed.
+        samples: Value of each series of a counter or gauge.
+        buckets: Upper bounds in seconds of a histogram.
+        histograms: For each series of a histogram the cumulative counts by bucket, the last being
+            the count of all, and the sum in seconds.
+    """
+
+    description: Description
+    labels: tuple[str, ...]
+    samples: list[tuple[LabelSet, float]] = []
+    buckets: tuple[float, ...] = ()
+    histograms: list[tuple[LabelSet, list[int], float]] = []
+
+
+def _escape(value: str) -> str:
+    """Escape a label's value; text format and OpenMetrics agree on how."""
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

@@ -1,0 +1,388 @@
+"""A storage that raises, blocks or is down: responses unharmed, each loss counted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from front_door import Site
+
+from flask_usage_metrics import StorageUnavailable, UsageRecord
+from flask_usage_metrics.storage import Writer
+
+
+class Kept(Writer):
+    """Keeps records, and fails in a way of its own."""
+
+    name = "kept"
+
+    def set_up(self, fail: Callable[[Sequence[UsageRecord]], object] = lambda batch: None) -> None:
+        self.records: list[UsageRecord] = []
+        self.fail = fail
+
+    def write(self, batch: Sequence[UsageRecord]) -> None:
+        self.fail(batch)
+        self.records += batch
+
+
+def visit(site: Site, count: int, path: str = "/nowhere") -> None:
+    for _ in range(count):
+        assert site.get(path).status_code in (200, 404)
+
+
+def settled(written: int, failed: int = 0, dropped: int = 0, pending: int = 0) -> dict[str, int]:
+    return {"written": written, "failed": failed, "dropped": dropped, "pending": pending}
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_callable_that_raises_is_tried_once_a_record(
+    make_site: Callable[..., Site], error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[Any] = []
+    kept: list[Any] = []
+
+    def broken(data: dict[str, Any]) -> None:
+        calls.append(data)
+        raise error("secret-token")
+
+    site = make_site([broken, kept.append])
+    visit(site, 20)
+    assert site.usage.flush()
+    assert (len(calls), len(kept)) == (20, 20)
+    assert site.account("broken") == settled(0, failed=20)
+    assert site.account("append") == settled(20)
+    assert site.account("metrics") == settled(20)
+    assert [message for message in caplog.messages if "broken" in message] == [
+        f"sink broken: {error.__name__}; records were not written"
+    ]
+    assert "secret-token" not in caplog.text
+    assert site.samples("flask_usage_sink_up")[(("sink", "broken"),)] == 0
+
+
+def test_one_poisonous_record_does_not_sink_its_batch(make_site: Callable[..., Site]) -> None:
+    def refuse(batch: Sequence[UsageRecord]) -> None:
+        if any(record.path == "/poison" for record in batch):
+            raise ValueError
+
+    kept = Kept(refuse)
+    site = make_site(kept)
+    visit(site, 30)
+    visit(site, 1, "/poison")
+    visit(site, 30)
+    assert site.usage.flush()
+    assert len(kept.records) == len({record.id for record in kept.records}) == 60
+    assert site.account("kept") == settled(60, failed=1)
+
+
+def test_an_outage_loses_nothing(make_site: Callable[..., Site]) -> None:
+    down = threading.Event()
+    down.set()
+
+    def refuse(_batch: Sequence[UsageRecord]) -> None:
+        if down.is_set():
+            raise StorageUnavailable
+
+    kept = Kept(refuse)
+    site = make_site(kept)
+    visit(site, 10)
+    assert not site.usage.flush(0.5)
+    assert site.account("kept") == settled(0, pending=10)
+    assert site.account("metrics") == settled(10)
+    assert site.samples("flask_usage_sink_up")[(("sink", "kept"),)] == 0
+    down.clear()
+    assert site.usage.flush()
+    assert site.account("kept") == settled(10)
+    assert site.samples("flask_usage_sink_up")[(("sink", "kept"),)] == 1
+
+
+def test_a_failure_that_says_nothing_of_its_kind_is_tried_again(
+    make_site: Callable[..., Site],
+) -> None:
+    failures = iter([RuntimeError, ConnectionError, RuntimeError])
+
+    def refuse(_batch: Sequence[UsageRecord]) -> None:
+        for error in failures:
+            raise error
+
+    kept = Kept(refuse)
+    site = make_site(kept)
+    visit(site, 3)
+    assert site.usage.flush()
+    assert site.account("kept") == settled(3)
+
+
+def test_a_blocked_storage_delays_neither_requests_nor_the_others(
+    make_site: Callable[..., Site],
+) -> None:
+    free = threading.Event()
+    blocked = Kept(lambda batch: free.wait(30))
+    blocked.name = "blocked"
+    kept = Kept()
+    site = make_site([blocked, kept], BUFFER_RECORDS=50)
+    started = time.monotonic()
+    for _ in range(8):
+        visit(site, 20)
+        site.scrape()
+    assert time.monotonic() - started < 20
+    assert not site.usage.flush(0.3)
+    assert len(kept.records) == 160
+    # Of the blocked one's records 50 wait; there was no room for the others.
+    assert site.account("blocked") == settled(0, dropped=110, pending=50)
+    assert sum(site.counted().values()) == 160
+    free.set()
+    assert site.usage.flush()
+    assert site.account("blocked") == settled(50, dropped=110)
+
+
+def test_a_full_journal_drops_and_counts(make_site: Callable[..., Site]) -> None:
+    kept = Kept()
+    site = make_site(kept, BUFFER_RECORDS=10, FLUSH_SECONDS=60)
+    visit(site, 15)
+    assert site.usage.flush()
+    assert site.account("kept") == site.account("metrics") == settled(10, dropped=5)
+    assert sum(site.counted().values()) == len(kept.records) == 10
+
+
+def test_an_observation_nobody_thought_of_is_counted_as_failed(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept()
+    site = make_site(kept)
+    enricher = site.app.extensions["track_usage"].pipeline._enricher
+    monkeypatch.setattr(enricher, "_nonce", None)
+    visit(site, 2)
+    site.scrape()
+    monkeypatch.undo()
+    visit(site, 3)
+    assert site.usage.flush()
+    assert site.account("kept") == site.account("metrics") == settled(3, failed=2)
+
+
+def test_a_list_writes_to_all(make_site: Callable[..., Site], tmp_path: Path) -> None:
+    kept = Kept()
+    site = make_site(
+        [f"sqlite:///{tmp_path}/a.sqlite3", f"jsonl:///{tmp_path}/b.jsonl", kept, kept]
+    )
+    visit(site, 7)
+    assert site.usage.flush()
+    sinks = ("metrics", "sqlite", "jsonl", "kept", "kept-2")
+    assert [site.account(sink)["written"] for sink in sinks] == [7] * 5
+    stored = list(site.usage.storage.records())
+    assert stored == kept.records[:7]
+
+
+@pytest.mark.parametrize("damage", ["corrupt", "directory", "no-folder", "locked"])
+def test_a_damaged_sqlite_file_stops_neither_set_up_nor_requests(
+    make_site: Callable[..., Site], tmp_path: Path, damage: str
+) -> None:
+    import sqlite3
+
+    path = tmp_path / "folder" / "usage.sqlite3"
+    if damage == "no-folder":
+        (tmp_path / "folder").write_text("a file in place of the folder")
+    else:
+        path.parent.mkdir()
+    if damage == "corrupt":
+        path.write_bytes(b"not a database" * 1000)
+    if damage == "directory":
+        path.mkdir()
+    kept = Kept()
+    site = make_site([f"sqlite:///{path}", kept])
+    holder = None
+    if damage == "locked":
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("BEGIN EXCLUSIVE")
+    visit(site, 5)
+    assert not site.usage.flush(0.5)
+    assert site.account("sqlite") == settled(0, pending=5)
+    assert len(kept.records) == 5
+    if holder is not None:
+        holder.close()
+    elif damage == "directory":
+        path.rmdir()
+    elif damage == "corrupt":
+        path.unlink()
+    else:
+        path.parent.unlink()
+    # What was in the way is gone: nothing was lost.
+    assert site.usage.flush(20)
+    assert site.usage.storage.count() == 5
+
+
+def test_a_fault_is_logged_once_per_kind(
+    make_site: Callable[..., Site], caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_data: dict[str, Any]) -> None:
+        raise ValueError
+
+    site = make_site(broken)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            visit(site, 5)
+            site.usage.flush()
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+    assert site.faults()["sink broken"] >= 5
+
+
+def test_inline_delivery_has_written_when_the_response_is_there(
+    make_site: Callable[..., Site],
+) -> None:
+    kept = Kept()
+    site = make_site(kept, DELIVERY="inline", FLUSH_SECONDS=60)
+    for number in range(1, 6):
+        visit(site, 1)
+        assert len(kept.records) == number
+
+
+def run(program: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_the_end_of_the_process_writes_what_waits(tmp_path: Path) -> None:
+    done = run(f"""
+        from flask import Flask
+        from flask_usage_metrics import TrackUsage
+        app = Flask("shop")
+        app.config["TRACK_USAGE_FLUSH_SECONDS"] = 60
+        TrackUsage(app, "sqlite:///{tmp_path}/usage.sqlite3")
+        for _ in range(20):
+            app.test_client().get("/nowhere")
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+    from flask_usage_metrics import open_storage
+
+    storage = open_storage(f"sqlite:///{tmp_path}/usage.sqlite3")
+    assert storage.count() == 20
+    storage.close()
+
+
+def test_a_hung_storage_does_not_keep_the_process_alive() -> None:
+    started = time.monotonic()
+    done = run("""
+        import threading
+        from flask import Flask
+        from flask_usage_metrics import TrackUsage
+        app = Flask("shop")
+        TrackUsage(app, lambda data: threading.Event().wait())
+        app.test_client().get("/nowhere")
+    """)
+    assert done.returncode == 0
+    assert time.monotonic() - started < 20
+    assert "exit: 1 record(s) were not written; they are lost" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_counts_and_writes_its_own(tmp_path: Path) -> None:
+    done = run(f"""
+        import os, sys
+        from flask import Flask
+        from flask_usage_metrics import TrackUsage
+        app = Flask("shop")
+        app.config["TRACK_USAGE_FLUSH_SECONDS"] = 0.2
+        usage = TrackUsage(app, "sqlite:///{tmp_path}/usage.sqlite3")
+
+        def total():
+            text = app.test_client().get("/metrics").text
+            lines = [l for l in text.splitlines() if l.startswith("flask_usage_requests_total")]
+            return sum(float(l.split()[-1]) for l in lines)
+
+        for number in range(5):
+            app.test_client().get("/nowhere")
+        children = []
+        for child in range(4):
+            pid = os.fork()
+            if not pid:
+                for number in range(10):
+                    app.test_client().get("/nowhere")
+                ok = total() == 10 and usage.flush()
+                os._exit(0 if ok else 1)
+            children.append(pid)
+        assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+        assert total() == 5 and usage.flush()
+        assert len({{record.id for record in usage.storage.records()}}) == 45
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_while_our_locks_are_held_hangs_no_child() -> None:
+    done = run(
+        """
+        import os, threading, warnings
+        from flask import Flask
+        from flask_usage_metrics import TrackUsage
+        warnings.simplefilter("ignore")
+        app = Flask("shop")
+        app.config["TRACK_USAGE_FLUSH_SECONDS"] = 0.001
+        usage = TrackUsage(app, lambda data: None)
+        # A fork while a module is being imported hangs by CPython's own lock: import all first.
+        for path in ("/nowhere", "/metrics"):
+            app.test_client().get(path)
+        usage.flush()
+        stop = threading.Event()
+
+        def busy():
+            client = app.test_client()
+            while not stop.is_set():
+                client.get("/nowhere")
+                client.get("/metrics")
+
+        threads = [threading.Thread(target=busy) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        bad = 0
+        for _ in range(30):
+            pid = os.fork()
+            if not pid:
+                import signal
+                signal.alarm(20)
+                app.test_client().get("/nowhere")
+                ok = usage.flush() and app.test_client().get("/metrics").status_code == 200
+                os._exit(0 if ok else 1)
+            bad += os.waitpid(pid, 0)[1] != 0
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not bad, bad
+    """,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_idle_threads_end_and_start_again(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flask_usage_metrics import delivery, pipeline
+
+    monkeypatch.setattr(delivery, "_IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(pipeline, "_IDLE_SECONDS", 0.05)
+    kept = Kept()
+    site = make_site(kept, FLUSH_SECONDS=0.01)
+
+    def ours() -> list[str]:
+        names = [thread.name for thread in threading.enumerate()]
+        return [name for name in names if name.startswith("flask_usage_metrics")]
+
+    before = len(ours())
+    for _ in range(3):
+        visit(site, 1)
+        deadline = time.monotonic() + 10
+        while len(ours()) > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(ours()) == before
+    assert len(kept.records) == 3

@@ -1,0 +1,115 @@
+"""Settings are checked at set-up; an error says what was given, where, and what is expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from flask import Flask
+from prometheus_client import CollectorRegistry
+
+from flask_usage_metrics import ConfigError, TrackUsage
+from flask_usage_metrics.settings import KEYS, read
+
+
+def track(**config: Any) -> None:
+    app = Flask("shop")
+    app.config.update({f"TRACK_USAGE_{key}": value for key, value in config.items()})
+    TrackUsage(app, [], registry=CollectorRegistry())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("INCLUDE_OR_EXCLUDE_VIEWS", "all", "must be 'include' or 'exclude', not 'all'"),
+        ("METRICS_PATH", "metrics", "must be a path that starts with / or None, not 'metrics'"),
+        ("METRICS_TOKEN", 5, "must be a text or None, not 5"),
+        ("EXCLUDE", 5, "must be a list of endpoint globs"),
+        ("EXCLUDE", [5], "must be a list of endpoint globs"),
+        ("MAX_SERIES", "lots", "must be a positive int, not 'lots'"),
+        ("MAX_SERIES", 0, "must be a positive int, not 0"),
+        ("MAX_SERIES", 1.5, "must be a positive int, not 1.5"),
+        ("MAX_SERIES", True, "must be a positive int, not True"),
+        ("HISTOGRAM_LABELS", ["path"], "must be a list of some of method, endpoint, status"),
+        ("BUCKETS", [], "ascending positive numbers"),
+        ("BUCKETS", [1, 0.5], "ascending positive numbers"),
+        ("BUCKETS", [1, float("inf")], "ascending positive numbers"),
+        ("BUCKETS", "a,b", "ascending positive numbers"),
+        ("LABEL_NAMES", {"path": "route"}, "must be a dict of new names"),
+        ("LABEL_NAMES", {"endpoint": "status"}, "must be a dict of new names"),
+        ("LABEL_NAMES", {"endpoint": "le"}, "must be a dict of new names"),
+        ("LABEL_NAMES", {"endpoint": "__name__"}, "must be a dict of new names"),
+        ("LABEL_NAMES", ["endpoint"], "must be a dict of new names"),
+        ("BUFFER_RECORDS", -1, "must be a positive int, not -1"),
+        ("FLUSH_SECONDS", "soon", "must be a positive number of seconds, not 'soon'"),
+        ("FLUSH_SECONDS", float("nan"), "must be a positive number of seconds, not nan"),
+        ("DELIVERY", "later", "must be 'background' or 'inline', not 'later'"),
+        ("USE_FREEGEOIP", "maybe", "must be True or False, not 'maybe'"),
+        ("FREEGEOIP_ENDPOINT", "ftp://x", "must be a URL"),
+        ("TRUSTED_PROXIES", ["nobody"], "must hold addresses or CIDR ranges, not 'nobody'"),
+    ],
+)
+def test_a_wrong_value_is_named(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        track(**{key: value})
+    assert str(raised.value).startswith(f"TRACK_USAGE_{key} must")
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("MAX_SERIE", "MAX_SERIES"),
+        ("INCLUDE_OR_EXCLUDE", "INCLUDE_OR_EXCLUDE_VIEWS"),
+        ("METRIC_PATH", "METRICS_PATH"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(given: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        track(**{given: 1})
+    expected = f"unknown setting TRACK_USAGE_{given}: did you mean TRACK_USAGE_{nearest}?"
+    assert str(raised.value) == expected
+
+
+def test_other_keys_are_none_of_our_business() -> None:
+    app = Flask("shop")
+    app.config["TRACKUSAGE"] = app.config["SECRET_KEY"] = "x"
+    TrackUsage(app, [], registry=CollectorRegistry())
+
+
+def test_texts_of_the_environment_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {
+        "INCLUDE_OR_EXCLUDE_VIEWS": "Include",
+        "METRICS_PATH": "none",
+        "EXCLUDE": "static, /health",
+        "TRUSTED_PROXIES": '["10.0.0.0/8"]',
+        "USE_FREEGEOIP": "no",
+        "MAX_SERIES": "500",
+        "HISTOGRAM_LABELS": "status,endpoint",
+        "BUCKETS": "0.1,1,10",
+        "LABEL_NAMES": '{"endpoint": "route"}',
+        "FLUSH_SECONDS": "0.1",
+        "DELIVERY": "inline",
+        "COUNTRY": "none",
+    }
+    for key, text in texts.items():
+        monkeypatch.setenv(f"FLASK_TRACK_USAGE_{key}", text)
+    app = Flask("shop")
+    app.config.from_prefixed_env()
+    settings = read(app.config)
+    assert settings.include_only
+    assert settings.metrics_path is None
+    assert settings.exclude == ("static", "/health")
+    assert "10.1.2.3" in settings.trusted_proxies
+    assert settings.use_freegeoip is False
+    assert settings.shape.max_series == 500
+    assert settings.shape.histogram_labels == ("endpoint", "status")
+    assert settings.shape.buckets == (0.1, 1.0, 10.0)
+    assert settings.shape.label_names == {"endpoint": "route"}
+    assert settings.flush_seconds == 0.1
+    assert settings.inline
+    assert settings.country is None
+
+
+def test_every_default_is_a_valid_value() -> None:
+    read({name: key.default for name, key in KEYS.items()})

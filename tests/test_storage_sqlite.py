@@ -1,0 +1,610 @@
+"""Records in SQLite: the contract, and what only a file, a lock or an old table can do."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from records import START, make_record, make_records
+from sqlalchemy.pool import NullPool
+from storage_contract import StorageContract, same
+
+from flask_usage_metrics.errors import ConfigError, StorageError, StorageUnavailable
+from flask_usage_metrics.query import summarize_records
+from flask_usage_metrics.storage import open_storage
+from flask_usage_metrics.storage.sql import SQLStorage
+
+# As flask-track-usage 2.0.0 creates it.
+OLD_TABLE = """CREATE TABLE flask_usage (
+    id INTEGER NOT NULL, url VARCHAR(128), ua_browser VARCHAR(16), ua_language VARCHAR(16),
+    ua_platform VARCHAR(16), ua_version VARCHAR(16), blueprint VARCHAR(16), view_args VARCHAR(64),
+    status INTEGER, remote_addr VARCHAR(24), xforwardedfor VARCHAR(24), authorization BOOLEAN,
+    ip_info VARCHAR(1024), path VARCHAR(32), speed FLOAT, datetime DATETIME, username VARCHAR(128),
+    track_var VARCHAR(128), PRIMARY KEY (id))"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / "usage.sqlite3"
+
+
+@pytest.fixture
+def storage(file: Path) -> Iterator[SQLStorage]:
+    with closing(file) as storage:
+        yield storage
+
+
+@contextmanager
+def closing(file: Path, timeout: float = 5.0) -> Iterator[SQLStorage]:
+    storage = open_storage(f"sqlite:///{file}?timeout={timeout}")
+    assert isinstance(storage, SQLStorage)
+    yield storage
+    storage.close()
+
+
+@contextmanager
+def plain(file: Path) -> Iterator[sqlite3.Connection]:
+    """Open the file without anything of ours."""
+    connection = sqlite3.connect(file, isolation_level=None)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+class TestContractOnAFile(StorageContract):
+    @pytest.fixture
+    def storage(self, file: Path) -> Iterator[SQLStorage]:  # type: ignore[override]
+        with closing(file) as storage:
+            yield storage
+
+
+class TestContractInMemory(StorageContract):
+    @pytest.fixture
+    def storage(self) -> Iterator[SQLStorage]:  # type: ignore[override]
+        storage = SQLStorage.from_url("sqlite://")
+        yield storage
+        storage.close()
+
+
+class TestContractOnAnEngineOfTheCaller(StorageContract):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Iterator[SQLStorage]:  # type: ignore[override]
+        engine = sa.create_engine(f"sqlite:///{tmp_path}/theirs.sqlite3")
+        yield SQLStorage(engine, table_name='odd "name" of:a %s table')
+        engine.dispose()
+
+
+# -- set-up -------------------------------------------------------------------------------------
+
+
+def test_nothing_is_opened_or_made_before_the_first_write(storage: SQLStorage, file: Path) -> None:
+    assert list(storage.records()) == []
+    assert storage.prune(START) == 0
+    assert not file.parent.exists()
+    storage.write([make_record()])
+    assert file.exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["sqlite://", "sqlite:///:memory:", "sqlite+pysqlite://"],
+)
+def test_a_database_in_memory_needs_no_file(url: str) -> None:
+    storage = SQLStorage.from_url(url)
+    storage.write([make_record()])
+    assert storage.count() == 1
+    storage.close()
+
+
+def test_a_relative_file_is_so_to_where_the_process_was_when_the_storage_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    storage = SQLStorage.from_url("sqlite:///sub/usage.sqlite3")
+    monkeypatch.chdir(tmp_path)
+    storage.write([make_record()])
+    storage.close()
+    assert (tmp_path / "here/sub/usage.sqlite3").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("postgresql+psycopg://me:s3cret@db/x", "only sqlite so far, not postgresql"),
+        ("sqlite+aiosqlite:///x", "only sqlite so far, not sqlite.aiosqlite"),
+        ("oracle+nothing://me:s3cret@db/x", "only sqlite so far, not oracle.nothing"),
+        ("sqlite://file", "three slashes or four"),
+        ("sqlite:///x?mode=ro&timeout=1", "not have 'mode'"),
+        ("sqlite:///x?timeout=s3cret", "timeout must be a number"),
+        ("s3cret", "not a database URL"),
+        ("mysql://me:s3cret@db:s3cret/x", "not a database URL"),
+    ],
+)
+def test_a_wrong_url_is_refused_without_repeating_it(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        SQLStorage.from_url(url)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ConfigError, match="needs an engine or db"):
+        SQLStorage()
+    with pytest.raises(ValueError, match=r"must be an SQLAlchemy Engine, not str: .*from_url"):
+        SQLStorage("sqlite:///x")
+    foreign = SimpleNamespace(dialect=SimpleNamespace(name="postgresql"))
+    with pytest.raises(ConfigError, match="must be an SQLAlchemy Engine, not SimpleNamespace"):
+        SQLStorage(foreign)
+    mysql = sa.create_engine("mysql://", module=SimpleNamespace(paramstyle="format"))
+    with pytest.raises(ConfigError, match="only sqlite so far, not mysql"):
+        SQLStorage(mysql)
+
+
+def test_the_table_has_the_columns_of_flask_track_usage_first(
+    storage: SQLStorage, file: Path
+) -> None:
+    storage.write([make_record()])
+    with plain(file) as connection:
+        names = [row[1] for row in connection.execute("PRAGMA table_info(flask_usage)")]
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        stored = connection.execute("SELECT datetime, record_id, url FROM flask_usage").fetchone()
+        plan = connection.execute(
+            "EXPLAIN QUERY PLAN SELECT * FROM flask_usage WHERE datetime >= 'x' "
+            "ORDER BY datetime, record_id, id LIMIT 5"
+        ).fetchall()
+    # Right behind the definition of the old table, in its order.
+    assert names[:18] == re.findall(r"(\w+) (?:INTEGER|VARCHAR|BOOLEAN|FLOAT|DATETIME)", OLD_TABLE)
+    assert stored[0] == "2026-11-22 09:00:00.000000"
+    assert stored[2] == "https://shop.example/user/ann?tab=orders"
+    assert [row[3] for row in plan] == [
+        "SEARCH flask_usage USING INDEX ix_flask_usage_datetime (datetime>?)"
+    ]
+
+
+def test_pages_are_read_by_the_index_without_sorting(storage: SQLStorage, file: Path) -> None:
+    storage.write(make_records(600))
+    statements: list[tuple[str, Any]] = []
+
+    @sa.event.listens_for(storage._reach(), "before_cursor_execute")
+    def keep(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        statements.append((statement, parameters))
+
+    for order in ("oldest", "newest"):
+        assert len(list(storage.records(order=order, status=200))) == 600  # type: ignore[arg-type]
+    assert len(statements) == 4
+    with plain(file) as connection:
+        for statement, parameters in statements:
+            plan = str(connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall())
+            assert "USING INDEX ix_flask_usage_datetime" in plan
+            assert "ORDER BY" not in plan
+
+
+def test_a_batch_is_a_transaction_of_few_statements(storage: SQLStorage) -> None:
+    storage.write([make_record()])
+    seen: list[str] = []
+    engine = storage._reach()
+    sa.event.listen(engine, "before_cursor_execute", lambda *event: seen.append(event[2][:6]))
+    sa.event.listen(engine, "commit", lambda _: seen.append("commit"))
+    storage.write(make_records(500))
+    assert seen == ["INSERT"] * 6 + ["commit"]
+
+
+def test_integers_that_do_not_fit_are_refused(storage: SQLStorage) -> None:
+    with pytest.raises(OverflowError):
+        storage.write([make_record(bytes_sent=2**63)])
+    assert storage.count() == 0
+
+
+# -- the db of Flask-SQLAlchemy -----------------------------------------------------------------
+
+
+class Contextual:
+    """Tells its engine in a context only, as Flask-SQLAlchemy 3 does."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self.inside = False
+
+    @property
+    def engine(self) -> sa.Engine:
+        if not self.inside:
+            raise RuntimeError("Working outside of application context.")
+        return self._engine
+
+    @contextmanager
+    def app_context(self) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
+
+
+def test_db_is_asked_for_its_engine_inside_the_context(tmp_path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/app.sqlite3")
+    db = Contextual(engine)
+    with db.app_context():
+        early = SQLStorage(db=db)
+    early.write([make_record()])
+    late = SQLStorage(db=db)
+    with pytest.raises(StorageUnavailable, match="app context"):
+        late.write([make_record()])
+    late.bind_app(db)
+    assert late.count() == 1
+    engine.dispose()
+
+
+# -- an old table -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old(file: Path) -> Path:
+    """A table of flask-track-usage with five rows, three of them in the same second."""
+    file.parent.mkdir()
+    rows = [
+        ("2018-05-01 12:00:00.000000", "http://localhost/a?x=1&y=2", "/a", '{"name": "ann"}', 200),
+        ("2018-05-01 12:00:00.000000", "http://localhost/app/b", "/b", "{}", 500),
+        ("2018-05-01 12:00:00.000000", "http://[broken/c", "/c", '{"cut": "in the mid', 404),
+        ("2018-05-01 11:00:00.000000", "http://localhost/d", "/d", "null", 200),
+        ("2018-05-01 13:00:00", None, None, None, None),
+    ]
+    with plain(file) as connection:
+        connection.execute(OLD_TABLE)
+        for moment, url, path, view_args, status in rows:
+            connection.execute(
+                "INSERT INTO flask_usage (url, path, view_args, status, datetime, speed, "
+                "authorization, ua_browser, track_var) VALUES (?, ?, ?, ?, ?, 0.3, 1, 'chrome', ?)",
+                (url, path, view_args, status, moment, '{"a": 1}' if status == 200 else None),
+            )
+    return file
+
+
+def test_an_old_table_is_read_without_a_write(old: Path, storage: SQLStorage) -> None:
+    records = list(storage.records())
+    assert [record.path for record in records] == ["/d", "/a", "/b", "/c", ""]
+    assert list(storage.records(order="newest")) == records[::-1]
+    d, a, b, c, empty = records
+    assert a.started_at == datetime(2018, 5, 1, 12, tzinfo=timezone.utc)
+    assert (a.url, a.host, a.query) == ("http://localhost/a?x=1&y=2", "localhost", "x=1&y=2")
+    assert (b.url, b.root_path) == ("http://localhost/app/b", "/app")
+    assert [a.view_args, b.view_args, c.view_args, d.view_args] == [{"name": "ann"}, {}, None, None]
+    assert [a.track_var, b.track_var] == [{"a": 1}, {}]
+    assert (a.browser, a.status, a.authorization, a.duration_seconds) == ("chrome", 200, True, 0.3)
+    assert (a.endpoint, a.country, a.bytes_sent, a.method) == (None, None, 0, "")
+    assert (empty.status, empty.path, empty.host) == (0, "", "")
+    assert len({record.id for record in records}) == 5
+    assert [record.id for record in records[1:4]] == sorted(record.id for record in records[1:4])
+
+
+def test_old_and_new_rows_are_read_alike(old: Path, storage: SQLStorage) -> None:
+    moment = datetime(2018, 5, 1, 12, tzinfo=timezone.utc)
+    new = [make_record(started_at=moment) for _ in range(3)]
+    storage.write(new)
+    records = list(storage.records())
+    assert len(records) == 8
+    assert records[4:7] == new
+    assert list(storage.records(order="newest")) == records[::-1]
+    assert records == sorted(records, key=lambda record: (record.started_at, record.id))
+    for limit in range(9):
+        assert list(storage.records(limit=limit)) == records[:limit]
+    assert storage.count(method="") == 5
+    assert storage.count(method=None) == 0
+    assert storage.count(status_class="2xx") == 5
+    assert storage.count(status=0, path="") == 1
+    for by in ((), ("method", "app"), ("status", "client"), ("path",), ("endpoint",)):
+        expected = summarize_records(records, by, "hour", storage.bounds)
+        assert same(storage.summarize(by, every="hour")) == same(expected)
+    with plain(old) as connection:
+        assert connection.execute("SELECT max(id), count(*) FROM flask_usage").fetchone() == (8, 8)
+
+
+@pytest.mark.parametrize("page", [1, 2, 3])
+def test_pages_end_anywhere_among_old_and_new_rows(
+    old: Path, storage: SQLStorage, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment = datetime(2018, 5, 1, 12, tzinfo=timezone.utc)
+    storage.write([make_record(started_at=moment) for _ in range(3)])
+    records = list(storage.records())
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.PAGE", page)
+    assert list(storage.records()) == records
+    assert list(storage.records(order="newest")) == records[::-1]
+    assert len(records) == 8
+
+
+def test_a_table_of_version_1_lacks_two_columns_more(file: Path, storage: SQLStorage) -> None:
+    file.parent.mkdir()
+    with plain(file) as connection:
+        connection.execute(
+            OLD_TABLE.replace(", username VARCHAR(128)", "").replace("track_var VARCHAR(128), ", "")
+        )
+        connection.execute(
+            "INSERT INTO flask_usage (url, datetime) VALUES ('http://h/x', '2017-01-01 00:00:00')"
+        )
+    storage.write([record := make_record(username="ann", track_var={"b": 2})])
+    assert list(storage.records(username="ann")) == [record]
+    assert storage.count() == 2
+
+
+def test_a_table_migrated_by_alembic_has_its_columns_in_another_order(
+    file: Path, storage: SQLStorage
+) -> None:
+    file.parent.mkdir()
+    with plain(file) as connection:
+        connection.execute(
+            OLD_TABLE.replace(
+                "username VARCHAR(128),\n    track_var VARCHAR(128)",
+                "track_var VARCHAR(128), username VARCHAR(128)",
+            )
+        )
+        connection.execute(
+            "INSERT INTO flask_usage (url, datetime, username, track_var) "
+            "VALUES ('http://h/x', '2017-01-01 00:00:00.000000', 'ann', '{\"a\": 1}')"
+        )
+    [record] = storage.records()
+    assert (record.username, record.track_var) == ("ann", {"a": 1})
+
+
+# -- what may happen to the file ----------------------------------------------------------------
+
+
+def test_a_locked_database_is_unavailable_and_later_available(file: Path) -> None:
+    with closing(file, timeout=0.1) as storage, plain_after(storage, file) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StorageUnavailable, match="locked"):
+            storage.write([make_record()])
+        assert storage.count() == 1
+        other.execute("ROLLBACK")
+        storage.write([make_record()])
+        assert storage.count() == 2
+
+
+@contextmanager
+def plain_after(storage: SQLStorage, file: Path) -> Iterator[sqlite3.Connection]:
+    storage.write([make_record()])
+    with plain(file) as connection:
+        yield connection
+
+
+def test_a_new_file_that_is_locked_is_unavailable(file: Path) -> None:
+    file.parent.mkdir()
+    with closing(file, timeout=0.1) as storage, plain(file) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StorageUnavailable, match="locked"):
+            storage.write([make_record()])
+        other.execute("ROLLBACK")
+        storage.write([make_record()])
+        assert storage.count() == 1
+
+
+def test_a_lock_that_is_given_back_in_time_is_waited_for(file: Path) -> None:
+    file.parent.mkdir()
+    with closing(file) as storage, plain(file) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        writer = threading.Thread(target=storage.write, args=([make_record()],))
+        writer.start()
+        time.sleep(0.3)
+        other.execute("ROLLBACK")
+        writer.join()
+        assert storage.count() == 1
+
+
+def test_a_path_that_cannot_be_is_unavailable_without_naming_it(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("a file")
+    (tmp_path / "folder.sqlite3").mkdir()
+    for path in (tmp_path / "plain" / "usage.sqlite3", tmp_path / "folder.sqlite3"):
+        with closing(path) as storage:
+            with pytest.raises(StorageUnavailable) as caught:
+                storage.write([make_record()])
+            assert str(tmp_path) not in str(caught.value)
+            assert "203.0.113" not in str(caught.value)
+
+
+def test_a_folder_that_becomes_writable_is_used(tmp_path: Path) -> None:
+    blocker = tmp_path / "folder"
+    blocker.write_text("")
+    with closing(blocker / "usage.sqlite3") as storage:
+        with pytest.raises(StorageUnavailable):
+            storage.write([make_record()])
+        blocker.unlink()
+        storage.write([make_record()])
+        assert storage.count() == 1
+
+
+def test_a_corrupt_file_is_unavailable_until_it_is_replaced(
+    file: Path, storage: SQLStorage
+) -> None:
+    file.parent.mkdir()
+    file.write_bytes(b"this is not a database, " * 100)
+    for _ in range(2):
+        with pytest.raises(StorageUnavailable, match="not a database"):
+            storage.write([make_record()])
+        with pytest.raises(StorageUnavailable, match="not a database"):
+            storage.count()
+    file.unlink()
+    storage.write([make_record()])
+    assert storage.count() == 1
+
+
+def test_a_file_damaged_while_in_use_is_unavailable(file: Path, storage: SQLStorage) -> None:
+    storage.write(make_records(2_000))
+    storage.close()
+    content = bytearray(file.read_bytes())
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    file.write_bytes(content)
+    with pytest.raises(StorageUnavailable, match="malformed"):
+        list(storage.records())
+
+
+def test_a_full_disk_is_unavailable(storage: SQLStorage) -> None:
+    storage.write([make_record()])
+
+    @sa.event.listens_for(storage._reach(), "begin")
+    def no_more_pages(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("PRAGMA max_page_count=1")
+
+    with pytest.raises(StorageUnavailable, match="full"):
+        storage.write(make_records(1_000))
+    assert storage.count() == 1
+
+
+def test_a_read_only_database_is_unavailable(tmp_path: Path) -> None:
+    file = tmp_path / "usage.sqlite3"
+    with closing(file) as storage:
+        storage.write([make_record()])
+    engine = sa.create_engine(f"sqlite:///file:{file}?mode=ro&uri=true")
+    reader = SQLStorage(engine)
+    assert reader.count() == 1
+    with pytest.raises(StorageUnavailable, match="readonly"):
+        reader.write([make_record()])
+    engine.dispose()
+
+
+def test_a_value_that_does_not_fit_is_told_from_a_database_that_is_unavailable(
+    storage: SQLStorage,
+) -> None:
+    with pytest.raises(StorageError) as caught:
+        storage.write([make_record(path="/secret"), make_record(username={"a": "dict"})])
+    assert type(caught.value) is StorageError
+    assert "/secret" not in str(caught.value)
+
+
+def test_prune_empties_the_write_ahead_log(storage: SQLStorage, file: Path) -> None:
+    storage.write(make_records(2_000))
+    log = file.with_name(f"{file.name}-wal")
+    assert log.stat().st_size > 100_000
+    assert storage.prune(START + timedelta(seconds=1_000)) == 1_000
+    assert log.stat().st_size == 0
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "emptied folder"])
+def test_a_file_that_goes_away_is_made_again(file: Path, storage: SQLStorage, how: str) -> None:
+    storage.write(make_records(3))
+    assert storage.count() == 3
+    if how == "deleted":
+        file.unlink()
+    elif how == "replaced":
+        other = file.with_name("other.sqlite3")
+        with plain(other) as connection:
+            connection.execute(OLD_TABLE)
+        # With the log of the old one still there, SQLite would restore it into the new one.
+        for path in file.parent.glob(f"{file.name}-*"):
+            path.unlink()
+        other.replace(file)
+    else:
+        for path in file.parent.iterdir():
+            path.unlink()
+        file.parent.rmdir()
+    assert storage.count() == 0
+    storage.write([record := make_record()])
+    storage.write([record])
+    with closing(file) as other_storage:
+        assert list(other_storage.records()) == [record]
+    assert list(storage.records()) == [record]
+
+
+def test_a_table_that_is_dropped_is_made_again(file: Path, storage: SQLStorage) -> None:
+    storage.write([make_record()])
+    with plain(file) as connection:
+        connection.execute("DROP TABLE flask_usage")
+    assert list(storage.records()) == []
+    storage.write([make_record()])
+    with plain(file) as connection:
+        connection.execute("DROP TABLE flask_usage")
+    storage.write([make_record()])
+    assert storage.count() == 1
+
+
+def test_the_engine_of_the_caller_stays_open(tmp_path: Path) -> None:
+    engine = sa.create_engine("sqlite://", poolclass=sa.pool.StaticPool)
+    storage = SQLStorage(engine)
+    storage.write([make_record()])
+    storage.close()
+    assert storage.count() == 1
+    engine.dispose()
+
+
+def test_metadata_of_the_caller_describes_the_table(tmp_path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/x", poolclass=NullPool)
+    metadata = sa.MetaData()
+    for _ in range(2):
+        SQLStorage(engine, metadata).write([make_record()])
+    assert "record_id" in metadata.tables["flask_usage"].columns
+    metadata.create_all(engine)
+    assert SQLStorage(engine).count() == 2
+
+
+# -- processes ----------------------------------------------------------------------------------
+
+WRITER = """
+import sys
+from records import make_record
+from flask_usage_metrics.storage import open_storage
+storage = open_storage(f"sqlite:///{sys.argv[1]}")
+print("ready", flush=True)
+sys.stdin.read()
+for number in range(5):
+    storage.write([make_record(id=f"{sys.argv[2]}-{number}-{row}") for row in range(20)])
+storage.close()
+"""
+
+
+@pytest.mark.parametrize("old_table", [False, True])
+def test_eight_processes_may_begin_on_a_new_file_at_once(file: Path, old_table: bool) -> None:
+    if old_table:
+        file.parent.mkdir()
+        with plain(file) as connection:
+            connection.execute(OLD_TABLE)
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", WRITER, str(file), str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+        for number in range(8)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.stdin = None
+    errors = [process.communicate()[1].decode() for process in processes]
+    assert errors == [""] * 8
+    with closing(file) as storage:
+        assert storage.count() == 8 * 5 * 20
+
+
+def test_a_forked_child_uses_connections_of_its_own(file: Path, storage: SQLStorage) -> None:
+    storage.write(make_records(3))
+    assert storage.count() == 3
+    inherited = storage._reach().pool
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            storage.reset_after_fork()
+            storage.write([make_record(id="one"), make_record(id="two")])
+            code = 0 if storage.count() == 5 and storage._reach().pool is not inherited else 2
+            storage.close()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    storage.write([make_record(started_at=START + timedelta(days=1))])
+    assert storage.count() == 6
