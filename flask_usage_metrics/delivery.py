@@ -15,15 +15,14 @@ from flask_usage_metrics.record import UsageRecord
 from flask_usage_metrics.storage import Writer
 from flask_usage_metrics.totals import Account
 
-BATCH_RECORDS = 500
-"""Records of one write: on SQLite 1 000 are hardly faster, and take twice as long to fail."""
+BATCH_RECORDS = 512
+"""Records of one write: what SQLite takes in one statement; more are hardly faster."""
 
 ATTEMPTS = 5
 """How often a batch is offered whose failure says nothing of its kind, before it is taken apart."""
 
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 30.0
-_IDLE_SECONDS = 60.0
 
 
 class Sink:
@@ -36,14 +35,24 @@ class Sink:
         storage: Where records go.
         account: Where it is counted what became of them.
         capacity: How many records may wait.
+        idle_seconds: How long the thread waits for records before it ends.
         faults: Where failures are reported.
 
     Attributes:
         up: Whether the last write went well.
     """
 
-    def __init__(self, storage: Writer, account: Account, capacity: int, faults: Faults) -> None:
+    def __init__(
+        self,
+        storage: Writer,
+        account: Account,
+        *,
+        capacity: int,
+        idle_seconds: float,
+        faults: Faults,
+    ) -> None:
         self.storage = storage
+        self._idle_seconds = idle_seconds
         self._account = account
         self._capacity = capacity
         self._faults = faults
@@ -85,7 +94,7 @@ class Sink:
         if refused:
             self._faults.report(f"sink {self.name}", "no room", "records were dropped")
         if taken:
-            self._ensure_thread()
+            self.start()
 
     def flush(self, deadline: float) -> bool:
         """Wait until what was taken so far is decided, and the storage holds nothing back.
@@ -97,7 +106,7 @@ class Sink:
             Whether all was decided in time.
         """
         self._hurry.set()
-        if not self._ensure_thread():
+        if self._queue and not self.start():
             self._write_here(deadline)
         with self._changed:
             target = self._accepted
@@ -133,12 +142,14 @@ class Sink:
 
     # ------------------------------------------------------------------------ the thread
 
-    def _ensure_thread(self) -> bool:
-        """Return whether a thread is there to write what is queued."""
+    def start(self) -> bool:
+        """Start the thread, unless it runs; return whether one does.
+
+        Done with the first request rather than with the first record: since Python 3.12 none can
+        be started at exit any more, and a storage that hangs must not hang the main thread.
+        """
         with self._changed:
             if self._thread is not None:
-                return True
-            if not self._queue:
                 return True
             thread = threading.Thread(
                 target=self._run, name=f"flask_usage_metrics {self.name}", daemon=True
@@ -157,7 +168,7 @@ class Sink:
         attempt = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue, _IDLE_SECONDS)
+                self._changed.wait_for(lambda: self._queue, self._idle_seconds)
                 if not self._queue:
                     self._thread = None
                     return

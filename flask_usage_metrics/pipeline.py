@@ -19,8 +19,8 @@ METRICS_SINK = "metrics"
 """Value of the label ``sink`` for the totals behind the metrics themselves."""
 
 _CHUNK = 500
-_IDLE_SECONDS = 60.0
 _GRACE_SECONDS = 0.05
+_DRAIN_SECONDS = 1.0
 _INLINE_SECONDS = 2.0
 
 
@@ -34,6 +34,7 @@ class Pipeline:
         totals: Where records are counted.
         sinks: Where records go.
         flush_seconds: Seconds an observation waits for others to be folded with.
+        idle_seconds: How long the worker waits for requests before it ends.
         inline: Whether `submit` waits until the record is written.
         faults: Where failures are reported.
     """
@@ -47,6 +48,7 @@ class Pipeline:
         totals: Totals,
         sinks: Sequence[Sink],
         flush_seconds: float,
+        idle_seconds: float,
         inline: bool,
         faults: Faults,
     ) -> None:
@@ -57,6 +59,7 @@ class Pipeline:
         self._account = totals.account(METRICS_SINK)
         self._sinks = sinks
         self._flush_seconds = flush_seconds
+        self._idle_seconds = idle_seconds
         self._inline = inline
         self._faults = faults
         self._start_anew()
@@ -105,6 +108,8 @@ class Pipeline:
     def _rouse(self) -> None:
         with self._short:
             self._awake = True
+            for sink in self._sinks:
+                sink.start()
             if self._thread is not None:
                 self._wake.set()
                 return
@@ -134,7 +139,7 @@ class Pipeline:
             self._awake = False
             if self._journal:
                 self._awake = True
-            elif not self._wake.wait(_IDLE_SECONDS):
+            elif not self._wake.wait(self._idle_seconds):
                 with self._short:
                     if not self._awake:
                         self._thread = None
@@ -191,10 +196,12 @@ class Pipeline:
     # ------------------------------------------------------------------------ for others
 
     def drain(self) -> None:
-        """Fold what is buffered; waits a second at most for a fold that is going on."""
-        if self._lock.acquire(timeout=1.0):
+        """Fold what is buffered; never raises, and waits a second at most for another fold."""
+        if self._lock.acquire(timeout=_DRAIN_SECONDS):
             try:
                 self._fold(_GRACE_SECONDS)
+            except Exception as error:  # noqa: BLE001 - a scrape shows what is known by now
+                self._faults.report("pipeline", error, "records are folded later")
             finally:
                 self._lock.release()
 

@@ -534,7 +534,7 @@ class StorageContract:
     # -- together -------------------------------------------------------------------------------
 
     def test_threads_write_and_read_at_once_and_nothing_is_lost(self, storage: Storage) -> None:
-        batches = [[make_records(20, path=f"/{thread}") for _ in range(10)] for thread in range(4)]
+        batches = [[make_records(31, path=f"/{thread}") for _ in range(10)] for thread in range(4)]
         errors: list[BaseException] = []
 
         def guarded(work: Any) -> threading.Thread:
@@ -550,7 +550,7 @@ class StorageContract:
             while any(writer.is_alive() for writer in writers):
                 seen = [record.id for record in storage.records()]
                 assert len(seen) == len(set(seen))
-                assert storage.count(path="/1") % 20 == 0
+                assert storage.count(path="/1") % 31 == 0
 
         writers = [
             guarded(lambda mine=mine: [storage.write(batch) for batch in mine]) for mine in batches

@@ -427,6 +427,15 @@ def test_failures_that_are_not_in_a_row_pause_nothing(server, make):
     assert len(server.asked) == 12
 
 
+def test_an_address_a_service_does_not_know_is_no_failure_of_it(server, make, faults):
+    server.answers({"message": "not found"}, status=404)
+    locator = make(server.url)
+    for number in range(7):
+        assert ask(locator, f"8.8.8.{number}").country is None
+    assert len(server.asked) == 7
+    assert faults.counts() == {}
+
+
 def test_what_waits_when_a_pause_begins_is_not_sent(server, make):
     server.answers({}, status=503)
     locator = make(server.url)

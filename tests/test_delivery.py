@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from front_door import Site
 
-from flask_usage_metrics import StorageUnavailable, UsageRecord
+from flask_usage_metrics import StorageUnavailable, UsageRecord, extension
 from flask_usage_metrics.storage import Writer
 
 
@@ -288,8 +288,9 @@ def test_a_hung_storage_does_not_keep_the_process_alive() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_counts_and_writes_its_own(tmp_path: Path) -> None:
     done = run(f"""
-        import os, sys
+        import os, warnings
         from flask import Flask
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork
         from flask_usage_metrics import TrackUsage
         app = Flask("shop")
         app.config["TRACK_USAGE_FLUSH_SECONDS"] = 0.2
@@ -367,10 +368,7 @@ def test_a_fork_while_our_locks_are_held_hangs_no_child() -> None:
 def test_idle_threads_end_and_start_again(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flask_usage_metrics import delivery, pipeline
-
-    monkeypatch.setattr(delivery, "_IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(pipeline, "_IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(extension, "IDLE_SECONDS", 0.02)
     kept = Kept()
     site = make_site(kept, FLUSH_SECONDS=0.01)
 

@@ -310,17 +310,30 @@ def test_old_and_new_rows_are_read_alike(old: Path, storage: SQLStorage) -> None
         assert connection.execute("SELECT max(id), count(*) FROM flask_usage").fetchone() == (8, 8)
 
 
+def test_a_row_without_a_time_is_left_out(old: Path, storage: SQLStorage) -> None:
+    with plain(old) as connection:
+        connection.execute("INSERT INTO flask_usage (url) VALUES ('http://h/timeless')")
+    assert len(list(storage.records())) == storage.count() == 5
+    assert sum(summary.requests for summary in storage.summarize((), every="day")) == 5
+
+
 @pytest.mark.parametrize("page", [1, 2, 3])
 def test_pages_end_anywhere_among_old_and_new_rows(
     old: Path, storage: SQLStorage, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moment = datetime(2018, 5, 1, 12, tzinfo=timezone.utc)
     storage.write([make_record(started_at=moment) for _ in range(3)])
+    with plain(old) as connection:
+        # A process that still runs flask-track-usage writes one more.
+        connection.execute(
+            "INSERT INTO flask_usage (url, datetime) VALUES ('http://h/', ?)",
+            ("2018-05-01 12:00:00.000000",),
+        )
     records = list(storage.records())
+    assert [record.endpoint for record in records] == [None] * 5 + ["user"] * 3 + [None]
     monkeypatch.setattr("flask_usage_metrics.storage.sql.PAGE", page)
     assert list(storage.records()) == records
     assert list(storage.records(order="newest")) == records[::-1]
-    assert len(records) == 8
 
 
 def test_a_table_of_version_1_lacks_two_columns_more(file: Path, storage: SQLStorage) -> None:
@@ -435,6 +448,18 @@ def test_a_corrupt_file_is_unavailable_until_it_is_replaced(
     file.unlink()
     storage.write([make_record()])
     assert storage.count() == 1
+
+
+def test_a_file_that_could_not_be_set_up_is_opened_anew(file: Path, storage: SQLStorage) -> None:
+    file.parent.mkdir()
+    with plain(file) as connection:
+        connection.execute("CREATE VIEW flask_usage AS SELECT 1 AS id")
+    with pytest.raises(StorageUnavailable):
+        storage.write([make_record()])
+    file.unlink()
+    storage.write([make_record()])
+    with closing(file) as other:
+        assert other.count() == 1
 
 
 def test_a_file_damaged_while_in_use_is_unavailable(file: Path, storage: SQLStorage) -> None:

@@ -80,6 +80,8 @@ class Service:
             stream=True,
             allow_redirects=False,
         ) as response:
+            if response.status_code == 404:  # an address it does not know is no failure of it
+                return b"{}"
             if response.status_code != 200:
                 raise _Unusable(f"status {response.status_code}")
             until = limits.clock() + limits.answer_seconds
