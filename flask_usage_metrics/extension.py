@@ -232,7 +232,7 @@ class TrackUsage:
             return tracking
         if len(apps) == 1:
             tracking = apps[0].extensions[EXTENSION]
-            return tracking
+            return tracking  # noqa: RET504 - typed, where extensions holds anything
         raise RuntimeError(
             "this TrackUsage has no app: call init_app(app) first"
             if not apps
@@ -282,6 +282,7 @@ def _writers(given: Any, settings: Settings, app: Flask) -> list[Writer]:
     items = given if isinstance(given, list | tuple) else [given]
     writers = [as_writer(item, where) for item in items]
     for writer in writers:
+        writer.bind_app(app)
         if isinstance(writer, Storage):
             # So that quantiles of records and of the histogram come from the same buckets.
             writer.bounds = settings.shape.buckets

@@ -43,15 +43,15 @@ class Filter(msgspec.Struct, frozen=True):
         since: Aware UTC; included. None: from the first.
         until: Aware UTC; not included. None: to the last.
         any_of: For each field, the values it may have; None among them means unknown.
-        status_classes: First digits of the status, such as ``{5}``; empty: any.
-        path_prefixes: Beginnings of the path; empty: any.
+        status_classes: First digits the status may have, such as ``{5}``; None: any.
+        path_prefixes: Beginnings the path may have; None: any.
     """
 
     since: datetime | None = None
     until: datetime | None = None
     any_of: dict[str, tuple[Any, ...]] = {}
-    status_classes: frozenset[int] = frozenset()
-    path_prefixes: tuple[str, ...] = ()
+    status_classes: frozenset[int] | None = None
+    path_prefixes: tuple[str, ...] | None = None
 
     @classmethod
     def parse(
@@ -69,8 +69,8 @@ class Filter(msgspec.Struct, frozen=True):
             ValueError: A status class is not like ``"5xx"``.
         """
         any_of: dict[str, tuple[Any, ...]] = {}
-        status_classes: frozenset[int] = frozenset()
-        path_prefixes: tuple[str, ...] = ()
+        status_classes: frozenset[int] | None = None
+        path_prefixes: tuple[str, ...] | None = None
         for name, given in conditions.items():
             values = _as_tuple(given)
             if name in EQUALITY_FILTERS:
@@ -90,9 +90,9 @@ class Filter(msgspec.Struct, frozen=True):
             return False
         if self.until is not None and record.started_at >= self.until:
             return False
-        if self.status_classes and record.status // 100 not in self.status_classes:
+        if self.status_classes is not None and record.status // 100 not in self.status_classes:
             return False
-        if self.path_prefixes and not record.path.startswith(self.path_prefixes):
+        if self.path_prefixes is not None and not record.path.startswith(self.path_prefixes):
             return False
         return all(getattr(record, field) in values for field, values in self.any_of.items())
 

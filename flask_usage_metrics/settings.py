@@ -1,4 +1,4 @@
-"""Every TRACK_USAGE_* key of an app's configuration: read once, checked once, plain values after."""
+"""Every TRACK_USAGE_* key of an app: read once, checked once, plain values after."""
 
 from __future__ import annotations
 

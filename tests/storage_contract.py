@@ -380,6 +380,13 @@ class StorageContract:
         assert [r.status for r in storage.records(status_class="4xx")] == [400, 499]
         assert [r.status for r in storage.records(status_class=["5xx", "2XX"])] == [500, 599, 200]
 
+    @pytest.mark.parametrize("filter_name", ["endpoint", "status", "status_class", "path_prefix"])
+    def test_a_list_of_nothing_holds_for_nothing(self, storage: Storage, filter_name: str) -> None:
+        storage.write([make_record()])
+        assert storage.count() == 1
+        assert storage.count(**{filter_name: []}) == 0
+        assert list(storage.records(**{filter_name: []})) == []
+
     @pytest.mark.parametrize(
         "prefix", ["/a_", "/a%", "/A", "/ä", "/a", "", "/a*", "/[", "/a_b/c/d"]
     )

@@ -10,18 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_usage_metrics import clients
-from flask_usage_metrics.clients import (
-    BROWSERS,
-    KINDS,
-    PLATFORMS,
-    Client,
-    consult_ua_parser,
-    describe,
-    kind_of,
-    language,
-    sniff,
-)
+from flask_usage_metrics.clients import Client, browsers, describe, kinds, language
+from flask_usage_metrics.clients.browsers import BROWSERS, PLATFORMS, consult_ua_parser, sniff
+from flask_usage_metrics.clients.kinds import KINDS, kind_of
 
 needs_ua_parser = pytest.mark.skipif(
     importlib.util.find_spec("ua_parser_rs") is None, reason="the extra [ua] is not installed"
@@ -260,7 +251,7 @@ BOT_HEADERS = {
 
 PATTERNS = [
     line
-    for line in (Path(clients.__file__).parent / "bots.txt").read_text("ascii").splitlines()
+    for line in (Path(kinds.__file__).parent / "bots.txt").read_text("ascii").splitlines()
     if not line.startswith("#")
 ]
 
@@ -319,7 +310,9 @@ def test_of_two_names_the_purpose_outranks_the_tool():
 @needs_ua_parser
 def test_people_are_described_by_ua_parser_where_it_is_installed(monkeypatch):
     header = f"{WINDOWS} {WEBKIT} Chrome/126.0.0.0 Safari/537.36 told/apart"
-    monkeypatch.setattr(clients, "sniff", lambda user_agent: pytest.fail("was sniffed"))
+    monkeypatch.setattr(
+        "flask_usage_metrics.clients.sniff", lambda user_agent: pytest.fail("was sniffed")
+    )
     assert describe(header) == Client("Chrome", "126", "Windows", "human")
 
 
@@ -330,7 +323,7 @@ def fail(user_agent):
 @pytest.mark.parametrize("ask", [None, fail], ids=["not installed", "failing"])
 def test_without_ua_parser_people_are_described_by_the_sniffer(monkeypatch, ask):
     header = f"{WINDOWS} {WEBKIT} Chrome/126.0.0.0 Safari/537.36 {ask}"
-    monkeypatch.setattr(clients, "_ua_parser", lambda: ask)
+    monkeypatch.setattr(browsers, "_ua_parser", lambda: ask)
     assert consult_ua_parser(header) is None
     assert describe(header) == Client("Chrome", "126", "Windows", "human")
 
@@ -346,7 +339,7 @@ def test_without_ua_parser_people_are_described_by_the_sniffer(monkeypatch, ask)
     ],
 )
 def test_what_ua_parser_calls_by_another_name_is_left_to_the_sniffer(monkeypatch, answer, expected):
-    monkeypatch.setattr(clients, "_ua_parser", lambda: lambda user_agent: answer)
+    monkeypatch.setattr(browsers, "_ua_parser", lambda: lambda user_agent: answer)
     assert consult_ua_parser(f"{WINDOWS} {WEBKIT} Chrome/126.0.0.0 Safari/537.36") == expected
 
 
@@ -386,19 +379,19 @@ def test_the_kinds_are_those_of_the_record():
 
 
 def test_every_name_belongs_to_one_kind():
-    names = [name for text in clients._NAMES.values() for name in text.split(",")]
+    names = [name for text in kinds._NAMES.values() for name in text.split(",")]
     assert len(names) == len({name.strip().lstrip("^") for name in names})
     assert "".join(names) == "".join(names).lower()
 
 
 @pytest.mark.parametrize(
     "name",
-    [" ".join(name.split()) for text in clients._NAMES.values() for name in text.split(",")],
+    [" ".join(name.split()) for text in kinds._NAMES.values() for name in text.split(",")],
 )
 def test_a_name_is_recognised_by_itself(name):
     kind = next(
         kind
-        for kind, text in clients._NAMES.items()
+        for kind, text in kinds._NAMES.items()
         if name in (" ".join(other.split()) for other in text.split(","))
     )
     assert kind_of(f"{name.lstrip('^').upper()}/1.0 (+https://bot.example)") == kind
@@ -415,18 +408,18 @@ def test_the_list_is_whole():
 @pytest.mark.parametrize("header", [*BROWSER_HEADERS, *BOT_HEADERS, *PATTERNS], ids=ids)
 def test_the_fast_form_of_the_patterns_gives_their_verdict(header):
     lower = header.lower().replace("okhttp", "")
-    assert clients._looks_like_a_bot(lower) == is_bot_by_one_pattern_after_the_other(lower)
+    assert kinds._looks_like_a_bot(lower) == is_bot_by_one_pattern_after_the_other(lower)
 
 
 @given(st.lists(st.sampled_from([re.sub(r"[\\^$()|?]|\[.*", "", p) for p in PATTERNS]), max_size=3))
 def test_the_fast_form_gives_the_verdict_of_mixtures(parts):
     lower = "mozilla/5.0 (x; y) " + " ".join(parts).replace("okhttp", "")
-    assert clients._looks_like_a_bot(lower) == is_bot_by_one_pattern_after_the_other(lower)
+    assert kinds._looks_like_a_bot(lower) == is_bot_by_one_pattern_after_the_other(lower)
 
 
 def test_importing_reads_no_rules():
     code = (
-        "import sys, flask_usage_metrics.clients as c;"
+        "import sys, flask_usage_metrics.clients.kinds as c;"
         "print('ua_parser' in sys.modules, c._bot_patterns.cache_info().currsize)"
     )
     result = subprocess.run(

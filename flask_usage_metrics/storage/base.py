@@ -131,6 +131,9 @@ class Writer:
         if rejected:
             raise RecordsRejected(rejected, reason)
 
+    def bind_app(self, app: Any) -> None:
+        """Take the Flask app that is tracked, for what can be had in its context only."""
+
     def flush(self) -> None:
         """Hand over what the storage itself holds back, if anything."""
 

@@ -9,12 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime, timezone
-from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-import msgspec
 import sqlalchemy as sa
 from sqlalchemy.pool import QueuePool, StaticPool
 from sqlalchemy.schema import CreateTable
@@ -25,12 +22,21 @@ from flask_usage_metrics.query import (
     Filter,
     Order,
     Summary,
-    as_utc,
     make_summary,
     summary_order,
 )
 from flask_usage_metrics.record import UsageRecord
 from flask_usage_metrics.storage.base import Storage
+from flask_usage_metrics.storage.sql_table import (
+    COLUMN_OF,
+    COLUMNS,
+    IF_NULL,
+    describe,
+    to_json,
+    to_record,
+    to_row,
+    to_text,
+)
 
 PAGE = 500
 """Rows read at a time: 2.5 MB; 1 000 made reading 5 % faster, 100 slower by a quarter."""
@@ -45,68 +51,6 @@ WAL_BYTES = 64 * 1024 * 1024
 """What is left of the write-ahead log after a checkpoint; without a limit it keeps its size."""
 
 _T = TypeVar("_T")
-_to_json = msgspec.json.Encoder().encode
-_from_json = msgspec.json.Decoder().decode
-
-# Column, type, field of the record. First flask-track-usage's in its order, which people's own
-# SQL relies on, then ours. Text has no length: SQLite ignores it, and what is legal must fit.
-_COLUMNS: tuple[tuple[str, type[sa.types.TypeEngine[Any]], str], ...] = (
-    ("url", sa.Text, "url"),
-    ("ua_browser", sa.Text, "browser"),
-    ("ua_language", sa.Text, "language"),
-    ("ua_platform", sa.Text, "platform"),
-    ("ua_version", sa.Text, "browser_version"),
-    ("blueprint", sa.Text, "blueprint"),
-    ("view_args", sa.Text, "view_args"),
-    ("status", sa.Integer, "status"),
-    ("remote_addr", sa.Text, "remote_addr"),
-    ("xforwardedfor", sa.Text, "forwarded_for"),
-    ("authorization", sa.Boolean, "authorization"),
-    ("ip_info", sa.Text, "ip_info"),
-    ("path", sa.Text, "path"),
-    ("speed", sa.Float, "duration_seconds"),
-    ("datetime", sa.DateTime, "started_at"),
-    ("username", sa.Text, "username"),
-    ("track_var", sa.Text, "track_var"),
-    ("record_id", sa.Text, "id"),
-    ("method", sa.Text, "method"),
-    ("scheme", sa.Text, "scheme"),
-    ("host", sa.Text, "host"),
-    ("root_path", sa.Text, "root_path"),
-    ("query", sa.Text, "query"),
-    ("protocol", sa.Text, "protocol"),
-    ("endpoint", sa.Text, "endpoint"),
-    ("rule", sa.Text, "rule"),
-    ("exception", sa.Text, "exception"),
-    ("bytes_sent", sa.BigInteger, "bytes_sent"),
-    ("bytes_received", sa.BigInteger, "bytes_received"),
-    ("country", sa.Text, "country"),
-    ("user_agent", sa.Text, "user_agent"),
-    ("client", sa.Text, "client"),
-    ("referrer", sa.Text, "referrer"),
-    ("visitor", sa.Text, "visitor"),
-    ("trace_id", sa.Text, "trace_id"),
-    ("span_id", sa.Text, "span_id"),
-    ("queue_seconds", sa.Float, "queue_seconds"),
-    ("app", sa.Text, "app"),
-    ("process", sa.Text, "process"),
-)
-_COLUMN_OF = {field: column for column, _, field in _COLUMNS}
-
-# A row of flask-track-usage lacks our columns; what a record cannot do without is read as this,
-# and also grouped and filtered by it, so that all ways of reading agree.
-_IF_NULL: dict[str, Any] = {
-    "path": "",
-    "status": 0,
-    "duration_seconds": 0.0,
-    "bytes_sent": 0,
-    "method": "",
-    "client": "",
-    "app": "",
-    "process": "",
-    "protocol": "",
-}
-
 # A datetime is stored as text, "2026-11-22 09:00:00.000001": so much of it names the period.
 _PERIOD_CHARACTERS = {"hour": 13, "day": 10, "month": 7}
 
@@ -167,7 +111,7 @@ class SQLStorage(Storage):
             # Outside of an app context Flask-SQLAlchemy 3 tells no engine.
             with suppress(RuntimeError):
                 self._engine = _checked(db.engine)
-        self._table = _describe(table_name, metadata)
+        self._table = describe(table_name, metadata)
         self._inserts: dict[int, str] = {}
 
     @classmethod
@@ -222,7 +166,7 @@ class SQLStorage(Storage):
         """
         if not batch:
             return
-        rows = [_to_row(record) for record in batch]
+        rows = [to_row(record) for record in batch]
 
         def insert(connection: sa.Connection) -> None:
             # The transaction must begin with a write: one that reads first and then wants to
@@ -255,7 +199,7 @@ class SQLStorage(Storage):
             size = PAGE if left is None else min(PAGE, left)
             rows = self._fetch(page.limit(size))
             for row in rows:
-                yield _to_record(row[2], row[3], dict(zip(fields, row[4:], strict=True)))
+                yield to_record(row[2], row[3], dict(zip(fields, row[4:], strict=True)))
             if len(rows) < size:
                 return
             left = None if left is None else left - size
@@ -318,7 +262,7 @@ class SQLStorage(Storage):
             StorageUnavailable: The database cannot be opened or written now.
         """
         moment, _, key = self._keys()
-        doomed = sa.select(key).where(moment < _to_text(before)).limit(PRUNED_AT_ONCE)
+        doomed = sa.select(key).where(moment < to_text(before)).limit(PRUNED_AT_ONCE)
         delete = sa.delete(self._table).where(key.in_(doomed))
 
         def delete_some(connection: sa.Connection) -> int:
@@ -517,10 +461,10 @@ class SQLStorage(Storage):
         statement = self._inserts.get(rows)
         if statement is None:
             table = connection.dialect.identifier_preparer.quote(self._table.name)
-            row = f"({', '.join('?' * len(_COLUMNS))})"
+            row = f"({', '.join('?' * len(COLUMNS))})"
             # No "OR IGNORE", which would also ignore values that the table refuses.
             statement = self._inserts[rows] = (
-                f"INSERT INTO {table} ({', '.join(column for column, _, _ in _COLUMNS)}) "
+                f"INSERT INTO {table} ({', '.join(column for column, _, _ in COLUMNS)}) "
                 f"VALUES {', '.join([row] * rows)} ON CONFLICT DO NOTHING"
             )
         return statement
@@ -528,7 +472,7 @@ class SQLStorage(Storage):
     def _keys(self) -> tuple[Any, Any, Any]:
         """Return what rows are sorted by: time as the stored text, record id, primary key.
 
-        Old rows have no record id. Null sorts before all ids, as does what `_to_record` makes of
+        Old rows have no record id. Null sorts before all ids, as does what `to_record` makes of
         their primary key.
         """
         columns = self._table.c
@@ -555,37 +499,39 @@ class SQLStorage(Storage):
         """Return the expression for a field, the same wherever it is read, grouped or compared."""
         if field == "started_at":
             return self._keys()[0]
-        column = self._table.c[_COLUMN_OF[field]]
-        return sa.func.coalesce(column, _IF_NULL[field]) if field in _IF_NULL else column
+        column = self._table.c[COLUMN_OF[field]]
+        return sa.func.coalesce(column, IF_NULL[field]) if field in IF_NULL else column
 
     def _conditions(self, wanted: Filter) -> list[sa.ColumnElement[bool]]:
         moment = self._keys()[0]
         conditions: list[sa.ColumnElement[bool]] = [moment.is_not(None)]
         if wanted.since is not None:
-            conditions.append(moment >= _to_text(wanted.since))
+            conditions.append(moment >= to_text(wanted.since))
         if wanted.until is not None:
-            conditions.append(moment < _to_text(wanted.until))
+            conditions.append(moment < to_text(wanted.until))
         for field, values in wanted.any_of.items():
             conditions.append(_is_any_of(self._read(field), field, values))
-        if wanted.status_classes:
+        if wanted.status_classes is not None:
             status = self._read("status")
             conditions.append(
                 sa.or_(
+                    sa.false(),
                     *(
                         status.between(100 * digit, 100 * digit + 99)
                         for digit in sorted(wanted.status_classes)
-                    )
+                    ),
                 )
             )
-        if wanted.path_prefixes:
+        if wanted.path_prefixes is not None:
             # Not LIKE: it is blind to case, and % and _ mean themselves in a path.
             path = self._read("path")
             conditions.append(
                 sa.or_(
+                    sa.false(),
                     *(
                         sa.func.substr(path, 1, len(prefix)) == prefix
                         for prefix in wanted.path_prefixes
-                    )
+                    ),
                 )
             )
         return conditions
@@ -596,7 +542,7 @@ def _is_any_of(expression: Any, field: str, values: Sequence[Any]) -> sa.ColumnE
     kind: type | tuple[type, ...] = int if field == "status" else str
     present = [value for value in values if isinstance(value, kind) and _fits(value)]
     # One parameter, since there may be more values than SQLite takes parameters.
-    listed = sa.func.json_each(_to_json(present).decode()).table_valued("value")
+    listed = sa.func.json_each(to_json(present).decode()).table_valued("value")
     is_listed: sa.ColumnElement[bool] = expression.in_(sa.select(listed.c.value))
     return sa.or_(is_listed, expression.is_(None)) if None in values else is_listed
 
@@ -608,122 +554,9 @@ def _fits(value: Any) -> bool:
     return -(2**63) <= int(value) < 2**63
 
 
-def _to_row(record: UsageRecord) -> tuple[Any, ...]:
-    """Return the values of `_COLUMNS`."""
-    # SQLite would store NaN as null; a time without zone could be any.
-    if not (isfinite(record.duration_seconds) and isfinite(record.queue_seconds or 0.0)):
-        raise ValueError("a duration is not finite")
-    if record.started_at.tzinfo is None:
-        raise ValueError("started_at has no time zone")
-    return (
-        record.url,
-        record.browser,
-        record.language,
-        record.platform,
-        record.browser_version,
-        record.blueprint,
-        None if record.view_args is None else _to_json(record.view_args).decode(),
-        record.status,
-        record.remote_addr,
-        record.forwarded_for,
-        record.authorization,
-        None if record.ip_info is None else _to_json(record.ip_info).decode(),
-        record.path,
-        record.duration_seconds,
-        _to_text(record.started_at),
-        record.username,
-        _to_json(record.track_var).decode() if record.track_var else "{}",
-        record.id,
-        record.method,
-        record.scheme,
-        record.host,
-        record.root_path,
-        record.query,
-        record.protocol,
-        record.endpoint,
-        record.rule,
-        record.exception,
-        record.bytes_sent,
-        record.bytes_received,
-        record.country,
-        record.user_agent,
-        record.client,
-        record.referrer,
-        record.visitor,
-        record.trace_id,
-        record.span_id,
-        record.queue_seconds,
-        record.app,
-        record.process,
-    )
-
-
-def _to_record(key: int, url: str | None, fields: dict[str, Any]) -> UsageRecord:
-    """Return the record of a row; where one of flask-track-usage has no value, something apt.
-
-    Args:
-        key: The primary key, of which an id is made if there is none.
-        url: The whole URL.
-        fields: The values by field of the record, as stored.
-    """
-    fields["started_at"] = datetime.fromisoformat(fields["started_at"]).replace(tzinfo=timezone.utc)
-    fields["authorization"] = bool(fields["authorization"])
-    fields["view_args"] = _object(fields["view_args"])
-    fields["ip_info"] = _object(fields["ip_info"])
-    fields["track_var"] = _object(fields["track_var"]) or {}
-    if fields["id"] is None:
-        fields["id"] = f"00000000-0000-0000-0000-{key:012x}"
-    if fields["scheme"] is None:
-        fields.update(_parts(url or "", fields["path"]))
-    return UsageRecord(**fields)
-
-
-def _object(text: str | None) -> dict[str, Any] | None:
-    """Parse a JSON object; flask-track-usage cut some in the middle: nothing is left of these."""
-    if text is None:
-        return None
-    try:
-        value = _from_json(text)
-    except (msgspec.DecodeError, TypeError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _parts(url: str, path: str) -> dict[str, str]:
-    """Take apart the URL of an old row, so that put together again it is the same."""
-    front, _, query = url.partition("?")
-    try:
-        parts = urlsplit(front)
-    except ValueError:
-        return {"scheme": "", "host": "", "root_path": "", "query": query}
-    return {
-        "scheme": parts.scheme,
-        "host": parts.netloc,
-        "root_path": parts.path.removesuffix(path),
-        "query": query,
-    }
-
-
-def _to_text(moment: datetime) -> str:
-    """Return UTC as SQLAlchemy's DateTime stores it in SQLite; naive is taken as UTC."""
-    if moment.tzinfo is not timezone.utc:
-        moment = as_utc(moment) or moment
-    return moment.isoformat(" ", "microseconds")[:26]
-
-
 def _period_start(text: str) -> datetime:
     return datetime.fromisoformat(f"{text}-01" if len(text) == 7 else text).replace(
         tzinfo=timezone.utc
-    )
-
-
-def _describe(name: str, metadata: sa.MetaData | None) -> sa.Table:
-    return sa.Table(
-        name,
-        sa.MetaData() if metadata is None else metadata,
-        sa.Column("id", sa.Integer, primary_key=True),
-        *(sa.Column(column, kind) for column, kind, _ in _COLUMNS),
-        extend_existing=True,
     )
 
 
