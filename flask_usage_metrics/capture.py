@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from itertools import chain, count
 from time import perf_counter_ns, time_ns
 from types import TracebackType
@@ -18,7 +19,7 @@ from flask import Flask, Request, got_request_exception, request, request_finish
 from werkzeug.wsgi import ClosingIterator, FileWrapper
 
 from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.observation import ENVIRON_KEYS, Observation, encode_json
+from flask_usage_metrics.observation import Observation, encode_json, environ_texts
 from flask_usage_metrics.scope import Scope
 from flask_usage_metrics.track_var import TRACK_VAR
 
@@ -66,8 +67,7 @@ class Capture:
         self.submit = submit
         self.lose = lose
         self.username = username
-        self.keys = (*ENVIRON_KEYS, *headers)
-        self.absent = ("",) * len(self.keys)
+        self.headers = headers
         self.faults = faults
         self.key = f"flask_usage_metrics.{id(self)}"
         self.live: set[Exchange] = set()
@@ -160,8 +160,8 @@ class Exchange:
         named = dict(headers)
         self._expected = named.get("Content-Length") or named.get("content-length") or ""
         environ = self._environ
-        if environ is not None and "werkzeug.request" in environ:
-            learned = environ["werkzeug.request"]
+        if environ is not None:
+            learned = environ.get("werkzeug.request")
             if isinstance(learned, Request):  # Werkzeug's test client leaves one of its own there
                 self.learn(learned)
         if exc_info is None:
@@ -321,7 +321,9 @@ class Exchange:
             self._started_ns,
             duration_ns,
             next(capture.sequence),
-            _kept(tuple(map(environ.get, capture.keys, capture.absent))),
+            _kept(
+                (*environ_texts(environ.get), *[environ.get(key, "") for key in capture.headers])
+            ),
             None if proxied is None else proxied.get("REMOTE_ADDR"),
             None if rule is None else rule.endpoint,
             None if rule is None else rule.rule,
@@ -345,7 +347,7 @@ class Exchange:
 def _kept(values: tuple[str, ...]) -> tuple[str, ...]:
     """Return the texts of an environ, cut if they are large: they wait in memory."""
     try:
-        if sum(map(len, values)) <= MAX_ENVIRON_CHARACTERS:
+        if len("".join(values)) <= MAX_ENVIRON_CHARACTERS:
             return values
     except TypeError:  # somebody put a number there
         values = tuple(map(str, values))
@@ -379,6 +381,7 @@ def _path(environ: WSGIEnvironment) -> str:
     return path.encode("latin-1", "replace").decode("utf-8", "replace")
 
 
+@lru_cache(1024)
 def _as_int(text: str) -> int:
     """Return a header's or a status' number; 0 if it is none."""
     return int(text) if text.isdecimal() and text.isascii() else 0

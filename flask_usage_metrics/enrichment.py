@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from datetime import datetime, timedelta, timezone
+import struct
+from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Any
-from uuid import UUID
 
 import msgspec
 
 from flask_usage_metrics import clients
 from flask_usage_metrics.address import TrustedProxies, normalise
 from flask_usage_metrics.country import Locator
-from flask_usage_metrics.observation import ENVIRON_KEYS, Observation
+from flask_usage_metrics.observation import ENVIRON_TEXTS, Observation
 from flask_usage_metrics.record import UsageRecord
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_pack = struct.Struct(">QQ").pack
 _MAX_INT = 2**63 - 1
 _MAX_QUEUE_SECONDS = 3600.0
 
@@ -67,58 +67,56 @@ class Enricher:
             referrer,
             request_start,
             queue_start,
-        ) = seen.environ[: len(ENVIRON_KEYS)]
-        peer = normalise(remote_addr if seen.peer is None else seen.peer)
+        ) = seen.environ[:ENVIRON_TEXTS]
+        direct = normalise(remote_addr)
+        peer = direct if seen.peer is None else normalise(seen.peer)
         # Where ProxyFix has replaced the address, it has read the header already.
         walk = self._trusted and seen.peer is None and forwarded_for
-        address = (
-            self._trusted.client(remote_addr, forwarded_for) if walk else normalise(remote_addr)
-        )
-        answer = self._locator.locate(
-            address, seen.environ[len(ENVIRON_KEYS) :], peer in self._trusted
-        )
+        address = self._trusted.client(remote_addr, forwarded_for) if walk else direct
+        answer = self._locator.locate(address, seen.environ[ENVIRON_TEXTS:], peer in self._trusted)
         if answer is None:
             return None
         client = clients.describe(user_agent)
+        # By position, in the order of the fields: 38 keywords cost 17 000 instructions more.
         return UsageRecord(
-            id=self._id(seen),
-            started_at=_EPOCH + timedelta(microseconds=seen.started_ns // 1000),
-            duration_seconds=seen.duration_ns / 1e9,
-            method=_clean(method, 32),
-            scheme=_clean(scheme, 8),
-            host=_clean(host or _host(scheme, server_name, server_port), 255),
-            root_path=_clean(root_path, 1024).rstrip("/"),
-            path=_clean(path, 2048),
-            query=_clean(query, 4096),
-            protocol=_clean(protocol, 16),
-            endpoint=_label(seen.endpoint),
-            rule=_label(seen.rule),
-            blueprint=_blueprint(seen.endpoint),
-            view_args=_arguments(seen),
-            status=seen.status,
-            exception=_label(seen.exception),
-            bytes_sent=min(seen.bytes_sent, _MAX_INT),
-            bytes_received=_count(content_length),
-            remote_addr=address,
-            forwarded_for=_clean(forwarded_for, 512) or None,
-            country=answer.country,
-            ip_info=answer.ip_info,
-            user_agent=_clean(user_agent, 512) or None,
-            browser=client.browser,
-            browser_version=client.version,
-            platform=client.platform,
-            language=clients.language(accept_language),
-            client=client.kind,
-            referrer=_clean(referrer, 2048) or None,
-            authorization=seen.authorization,
-            username=None if seen.username is None else _unicode(seen.username),
-            visitor=None,
-            track_var=_json(seen.track_var) if seen.track_var else {},
-            trace_id=None,
-            span_id=None,
-            queue_seconds=_queue_seconds(request_start or queue_start, seen.started_ns),
-            app=self._app,
-            process=self._process,
+            self._id(seen),
+            datetime.fromtimestamp(seen.started_ns // 1000 / 1e6, timezone.utc),
+            seen.duration_ns / 1e9,
+            _clean(method, 32),
+            _clean(scheme, 8),
+            _clean(host or _host(scheme, server_name, server_port), 255),
+            _clean(root_path, 1024).rstrip("/"),
+            _clean(path, 2048),
+            _clean(query, 4096),
+            _clean(protocol, 16),
+            _label(seen.endpoint),
+            _label(seen.rule),
+            _blueprint(seen.endpoint),
+            _arguments(seen),
+            seen.status,
+            _label(seen.exception),
+            min(seen.bytes_sent, _MAX_INT),
+            _count(content_length),
+            address,
+            _clean(forwarded_for, 512) or None,
+            answer.country,
+            answer.ip_info,
+            _clean(user_agent, 512) or None,
+            client.browser,
+            client.version,
+            client.platform,
+            clients.language(accept_language),
+            client.kind,
+            _clean(referrer, 2048) or None,
+            seen.authorization,
+            None if seen.username is None else _unicode(seen.username),
+            None,  # visitor
+            _json(seen.track_var) if seen.track_var else {},
+            None,  # trace_id
+            None,  # span_id
+            _queue_seconds(request_start or queue_start, seen.started_ns),
+            self._app,
+            self._process,
         )
 
     def _id(self, seen: Observation) -> str:
@@ -128,14 +126,17 @@ class Enricher:
         is a random number of the process plus the number of the request.
         """
         milliseconds, rest = divmod(seen.started_ns, 1_000_000)
-        number = (milliseconds & (2**48 - 1)) << 80
-        number |= 7 << 76 | (rest * 4096 // 1_000_000) << 64
-        number |= 2 << 62 | (self._nonce + seen.sequence) & (2**62 - 1)
-        return str(UUID(int=number))
+        front = milliseconds << 16 | 7 << 12 | rest * 4096 // 1_000_000
+        back = 2 << 62 | (self._nonce + seen.sequence) & (2**62 - 1)
+        # Not str(UUID(int=...)), which costs 10 000 instructions more.
+        digits = _pack(front & (2**64 - 1), back).hex()
+        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def _clean(text: str, length: int) -> str:
     """Return what came as Latin-1 (PEP 3333) as the UTF-8 text it is, without NUL, cut."""
+    if len(text) <= length and text.isascii() and "\0" not in text:
+        return text
     text = text[: 4 * length]
     if not text.isascii():
         # A surrogate can come from a server that decodes otherwise, or from a test client.
@@ -201,6 +202,8 @@ def _queue_seconds(text: str, started_ns: int) -> float | None:
     X-Request-Start holds ``t=`` and seconds (nginx), milliseconds (Heroku) or microseconds
     (Apache) since the epoch; which of these, its size tells.
     """
+    if not text:
+        return None
     text = text.strip().removeprefix("t=")
     try:
         came = float(text)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 
-class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
+class UsageRecord(msgspec.Struct, frozen=True):
     """What is known of one request.
 
     Every text is clean: valid Unicode without NUL, cut to a bound. An unknown value is ``None``.

@@ -42,6 +42,8 @@ from flask_usage_metrics.record import UsageRecord
 Values = tuple[str, ...]
 Row = TypeVar("Row")
 
+_STATUSES = {status: str(status) for status in range(100, 600)}
+
 
 class Account:
     """What became of the records handed to one sink; each record is in one count at most.
@@ -142,24 +144,25 @@ class Totals:
         values = (
             record.method if record.method in METHODS else OTHER_METHOD,
             UNMATCHED if record.endpoint is None else record.endpoint,
-            str(record.status) if 100 <= record.status <= 599 else OTHER_STATUS,
+            _STATUSES.get(record.status, OTHER_STATUS),
             record.country or UNKNOWN_COUNTRY,
         )
         series = self._requests.get(values) or self._first_seen(values)
-        bounds = self.shape.buckets
-        bucket = bisect_left(bounds, record.duration_seconds)
-        series.add(bucket, record.duration_seconds)
+        seconds = record.duration_seconds
+        bucket = bisect_left(self.shape.buckets, seconds)
+        series.counts[bucket] += 1
+        series.seconds += seconds
         if self._durations is not self._requests:
             folded = series.labels.values
-            picked = tuple([folded[position] for position in self._picked])
-            self._durations[picked].add(bucket, record.duration_seconds)
-        endpoint = (self._sizes.fit(values[1:2], (FOLDED,)))[0]
-        sizes = self._sizes[(endpoint,)]
+            durations = self._durations[tuple([folded[position] for position in self._picked])]
+            durations.counts[bucket] += 1
+            durations.seconds += seconds
+        sizes = self._sizes[self._sizes.fit(values[1:2], (FOLDED,))]
         sizes.sent += record.bytes_sent
         sizes.received += record.bytes_received or 0
         self._clients[(record.client,)].count += 1
         if record.exception is not None:
-            raised = (endpoint, record.exception)
+            raised = (sizes.labels.values[0], record.exception)
             fitted = self._exceptions.fit(raised, (FOLDED, FOLDED))
             if fitted != raised:
                 self._overflow["exception"] += 1
@@ -260,10 +263,6 @@ class _Latencies:
         self.labels = labels
         self.counts = [0] * (len(shape.buckets) + 1)
         self.seconds = 0.0
-
-    def add(self, bucket: int, seconds: float) -> None:
-        self.counts[bucket] += 1
-        self.seconds += seconds
 
 
 class Table(dict[Values, Row]):
