@@ -43,6 +43,8 @@ class Capture:
     Args:
         app: The app whose ``wsgi_app`` is wrapped.
         scope: Which requests are tracked.
+        begin: Called with ``wsgi.multiprocess`` before the first request of the process; returns
+            what to call at the beginning of each request, or None.
         submit: Takes the observation; called in the request's thread when its last byte is handed
             to the server.
         lose: Called instead where none could be made.
@@ -57,6 +59,7 @@ class Capture:
         app: Flask,
         *,
         scope: Scope,
+        begin: Callable[[bool], Callable[[], None] | None],
         submit: Callable[[Observation], None],
         lose: Callable[[], None],
         username: Callable[[], object] | None,
@@ -64,6 +67,9 @@ class Capture:
         faults: Faults,
     ) -> None:
         self.scope = scope
+        self._begin = begin
+        self._has_begun = False
+        self._notice: Callable[[], None] | None = None
         self.submit = submit
         self.lose = lose
         self.username = username
@@ -88,6 +94,10 @@ class Capture:
         exchange = Exchange(self, environ, start_response)
         environ[self.key] = exchange
         self.live.add(exchange)
+        if not self._has_begun:
+            self._get_ready(environ)
+        if self._notice is not None:
+            self._notice()
         try:
             body = self._wsgi_app(environ, exchange.start_response)
         except BaseException as error:
@@ -102,6 +112,15 @@ class Capture:
     def reset_after_fork(self) -> None:
         """Forget the requests the parent process is answering."""
         self.live = set()
+        self._has_begun = False
+        self._notice = None
+
+    def _get_ready(self, environ: WSGIEnvironment) -> None:
+        self._has_begun = True
+        try:
+            self._notice = self._begin(bool(environ.get("wsgi.multiprocess")))
+        except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
+            self.faults.report("state", error, "what is captured does not survive a kill")
 
     def match(self, environ: WSGIEnvironment) -> Request | None:
         """Route a request again that ended before anything could be learned of it."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 import threading
-from collections import deque
 from collections.abc import Sequence
-from itertools import islice
+from math import inf
 from time import monotonic
 
+from flask_usage_metrics.backlog import Backlog
 from flask_usage_metrics.errors import RecordsRejected, StorageUnavailable
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.spool import Spool
 from flask_usage_metrics.storage import Writer
 from flask_usage_metrics.totals import Account
 
@@ -21,22 +22,27 @@ BATCH_RECORDS = 512
 ATTEMPTS = 5
 """How often a batch is offered whose failure says nothing of its kind, before it is taken apart."""
 
+ADOPT_SECONDS = 5.0
+"""How often it is looked for what dead processes left on disk, while the thread lives."""
+
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 30.0
+_CLOSE_SECONDS = 1.0
 
 
 class Sink:
     """Takes records, and writes them to a storage from a thread of its own.
 
     So a storage that blocks or fails delays neither a request nor another storage. A record stays
-    in the queue until it is decided what became of it.
+    in the backlog until it is decided what became of it.
 
     Args:
         storage: Where records go.
         account: Where it is counted what became of them.
-        capacity: How many records may wait.
+        capacity: How many records may wait in memory.
         idle_seconds: How long the thread waits for records before it ends.
         faults: Where failures are reported.
+        spool: Where records wait while the storage is down; None: in memory only.
 
     Attributes:
         up: Whether the last write went well.
@@ -50,31 +56,49 @@ class Sink:
         capacity: int,
         idle_seconds: float,
         faults: Faults,
+        spool: Spool | None = None,
     ) -> None:
         self.storage = storage
         self._idle_seconds = idle_seconds
         self._account = account
-        self._capacity = capacity
         self._faults = faults
+        self._backlog = Backlog(account, capacity, spool, faults)
         self._start_anew()
 
     def _start_anew(self) -> None:
         self.up = True
-        self._queue: deque[UsageRecord] = deque()
-        self._accepted = self._decided = 0
         self._changed = threading.Condition()
         self._hurry = threading.Event()
         self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._adopt_at = 0.0
 
     @property
     def name(self) -> str:
         """Value of the label ``sink``."""
         return self._account.sink
 
+    @property
+    def adopted(self) -> int:
+        """How many records of dead processes came to be pending here, and then what they were."""
+        return self._backlog.adopted
+
+    def attach(self, spool: Spool | None) -> None:
+        """Take the place where records may wait on disk, at the first request of the process."""
+        with self._changed:
+            self._backlog.attach(spool)
+
     def pending(self) -> int:
         """Return how many records are not decided."""
-        return len(self._queue)
+        return self._backlog.pending()
+
+    def settled(self) -> int:
+        """Return how many of all records ever `put`, the first ones, need nobody to keep them.
+
+        Each of these is decided, or is on disk.
+        """
+        with self._changed:
+            return self._backlog.settled()
 
     def put(self, records: Sequence[UsageRecord], *, dropped: int, failed: int) -> None:
         """Take records; those there is no room for are dropped and counted.
@@ -85,15 +109,12 @@ class Sink:
             failed: Requests that no record could be made of.
         """
         with self._changed:
-            taken = records[: max(self._capacity - len(self._queue), 0)]
-            refused = len(records) - len(taken)
-            self._queue.extend(taken)
-            self._accepted += len(taken)
-            self._account.add(dropped=dropped + refused, failed=failed)
+            self._account.add(dropped=dropped, failed=failed)
+            self._backlog.put(records)
+            if self._adopt_at == inf:
+                self._adopt_at = 0.0
             self._changed.notify_all()
-        if refused:
-            self._faults.report(f"sink {self.name}", "no room", "records were dropped")
-        if taken:
+        if records:
             self.start()
 
     def flush(self, deadline: float) -> bool:
@@ -106,12 +127,12 @@ class Sink:
             Whether all was decided in time.
         """
         self._hurry.set()
-        if self._queue and not self.start():
+        if self._backlog.waits() and not self.start():
             self._write_here(deadline)
         with self._changed:
-            target = self._accepted
+            target = self._backlog.taken
             if not self._changed.wait_for(
-                lambda: self._decided >= target, max(deadline - monotonic(), 0)
+                lambda: self._backlog.decided() >= target, max(deadline - monotonic(), 0)
             ):
                 return False
         if not self._writing.acquire(timeout=max(deadline - monotonic(), 0)):
@@ -125,19 +146,36 @@ class Sink:
             self._writing.release()
         return True
 
-    def close(self) -> None:
-        """Close the storage, unless it is being written to."""
+    def close(self) -> int:
+        """Leave what waits on disk, if there is a spool, and close the storage if nobody writes.
+
+        What is left there is taken up by any process of the app, also by this one if it goes on.
+
+        Returns:
+            How many records are not written, and lost if the process ends now.
+        """
+        # In time for an end even if the disk hangs.
+        if self._changed.acquire(timeout=_CLOSE_SECONDS):
+            try:
+                self._backlog.spill(again=True)
+            finally:
+                self._changed.release()
         if self._writing.acquire(blocking=False):
             try:
                 self.storage.close()
             except Exception as error:  # noqa: BLE001 - it is the storage's, and may be anybody's
                 self._report(error, "it was not closed")
             finally:
+                with self._changed:
+                    self._backlog.leave()
+                    self._adopt_at = inf
                 self._writing.release()
+        return self._backlog.in_memory()
 
     def reset_after_fork(self) -> None:
         """Forget what the parent process will write."""
         self._start_anew()
+        self._backlog.reset_after_fork()
         self.storage.reset_after_fork()
 
     # ------------------------------------------------------------------------ the thread
@@ -148,6 +186,10 @@ class Sink:
         Done with the first request rather than with the first record: since Python 3.12 none can
         be started at exit any more, and a storage that hangs must not hang the main thread.
         """
+        # Without the lock, which is held while records are moved to the disk: a request is here.
+        # A thread that ends meanwhile has seen all records that were put before.
+        if self._thread is not None:
+            return True
         with self._changed:
             if self._thread is not None:
                 return True
@@ -166,12 +208,7 @@ class Sink:
     def _run(self) -> None:
         pause = 0.0
         attempt = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue, self._idle_seconds)
-                if not self._queue:
-                    self._thread = None
-                    return
+        while self._wait():
             if self._write_batch(last_attempt=attempt >= ATTEMPTS - 1):
                 pause, attempt = 0.0, 0
                 continue
@@ -180,9 +217,31 @@ class Sink:
             self._hurry.wait(pause * random.uniform(0.8, 1.2))
             self._hurry.clear()
 
+    def _wait(self) -> bool:
+        """Wait for records, of this process or a dead one; return False to end the thread."""
+        until = monotonic() + self._idle_seconds
+        while True:
+            self.adopt()
+            with self._changed:
+                seconds = min(max(until - monotonic(), 0), ADOPT_SECONDS)
+                if self._changed.wait_for(self._backlog.waits, seconds):
+                    return True
+                if monotonic() >= until:
+                    self._thread = None
+                    return False
+
+    def adopt(self) -> None:
+        """Take over what dead processes left, unless that was tried a moment ago."""
+        if monotonic() < self._adopt_at:
+            return
+        with self._writing, self._changed:
+            if monotonic() >= self._adopt_at:
+                self._adopt_at = monotonic() + ADOPT_SECONDS
+                self._backlog.adopt()
+
     def _write_here(self, deadline: float) -> None:
         for attempt in range(ATTEMPTS):
-            while self._queue and monotonic() < deadline:
+            while self._backlog.waits() and monotonic() < deadline:
                 if not self._write_batch(last_attempt=attempt == ATTEMPTS - 1):
                     break
 
@@ -192,21 +251,25 @@ class Sink:
         """Offer the oldest records to the storage; return whether anything was decided."""
         with self._writing:
             with self._changed:
-                batch = list(islice(self._queue, BATCH_RECORDS))
-            if not batch:
-                return True
+                batch = self._backlog.offer(BATCH_RECORDS)
             try:
-                self._offer(batch)
-            except (StorageUnavailable, OSError) as error:
-                # Not the records' fault: they wait until it is over, or there is no more room.
-                self._failed(error, "its records wait")
-                return False
-            except BaseException as error:  # noqa: BLE001 - a storage must not end its thread
-                self._failed(error, "the batch is offered again")
-                if not last_attempt:
-                    return False
-                return self._take_apart(batch)
-            return True
+                return self._offer_all(batch, last_attempt=last_attempt) if batch else True
+            finally:
+                if self._backlog.offered:
+                    with self._changed:
+                        self._backlog.withdraw()
+                        self._changed.notify_all()
+
+    def _offer_all(self, batch: Sequence[UsageRecord], *, last_attempt: bool) -> bool:
+        try:
+            self._offer(batch)
+        except (StorageUnavailable, OSError) as error:
+            self._outage(error)
+            return False
+        except BaseException as error:  # noqa: BLE001 - a storage must not end its thread
+            self._failed(error, "the batch is offered again")
+            return self._take_apart(batch) if last_attempt else False
+        return True
 
     def _offer(self, batch: Sequence[UsageRecord]) -> None:
         """Write the oldest records; they are decided unless this raises."""
@@ -230,7 +293,7 @@ class Sink:
             try:
                 self._offer(half)
             except (StorageUnavailable, OSError) as error:
-                self._failed(error, "its records wait")
+                self._outage(error)
                 return False
             except BaseException as error:  # noqa: BLE001 - a storage must not end its thread
                 if len(half) == 1:
@@ -242,11 +305,14 @@ class Sink:
 
     def _decide(self, written: int, failed: int) -> None:
         with self._changed:
-            for _ in range(written + failed):
-                self._queue.popleft()
-            self._account.add(written=written, failed=failed)
-            self._decided += written + failed
+            self._backlog.decide(written, failed)
             self._changed.notify_all()
+
+    def _outage(self, error: BaseException) -> None:
+        # Not the records' fault: they wait until it is over, or there is no more room.
+        self._failed(error, "its records wait")
+        with self._changed:
+            self._backlog.spill()
 
     def _failed(self, error: BaseException, consequence: str) -> None:
         self.up = False

@@ -15,6 +15,7 @@ import msgspec
 from flask_usage_metrics import clients
 from flask_usage_metrics.address import TrustedProxies, normalise
 from flask_usage_metrics.country import Locator
+from flask_usage_metrics.journal import Origin
 from flask_usage_metrics.observation import ENVIRON_TEXTS, Observation
 from flask_usage_metrics.record import UsageRecord
 
@@ -28,23 +29,36 @@ class Enricher:
 
     Args:
         app: Name of the app.
+        key: What no other app on the same registry has.
         locator: Where countries are looked up.
         trusted: Which proxies are believed.
+
+    Attributes:
+        origin: Of what this process captures.
     """
 
-    def __init__(self, app: str, locator: Locator, trusted: TrustedProxies) -> None:
+    def __init__(self, app: str, key: str, locator: Locator, trusted: TrustedProxies) -> None:
         self._app = _clean(app, 128)
+        self._key = key
         self._locator = locator
         self._trusted = trusted
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
         """Take another process' identity."""
-        self._process = _clean(f"{socket.gethostname()}:{os.getpid()}", 128)
-        self._nonce = secrets.randbits(62)
+        self.origin = Origin(
+            app=self._key,
+            process=_clean(f"{socket.gethostname()}:{os.getpid()}", 128),
+            nonce=secrets.randbits(62),
+            headers=self._locator.headers,
+        )
 
-    def enrich(self, seen: Observation) -> UsageRecord | None:
+    def enrich(self, seen: Observation, origin: Origin) -> UsageRecord | None:
         """Return the record of an observation; None while its country is being asked for.
+
+        Args:
+            seen: The observation.
+            origin: Of the process that captured it, which may have been another one.
 
         Raises:
             Exception: The observation holds something nobody thought of.
@@ -73,13 +87,17 @@ class Enricher:
         # Where ProxyFix has replaced the address, it has read the header already.
         walk = self._trusted and seen.peer is None and forwarded_for
         address = self._trusted.client(remote_addr, forwarded_for) if walk else direct
-        answer = self._locator.locate(address, seen.environ[ENVIRON_TEXTS:], peer in self._trusted)
+        headers = seen.environ[ENVIRON_TEXTS:]
+        if origin.headers != self._locator.headers:  # it was configured otherwise
+            named = dict(zip(origin.headers, headers, strict=False))
+            headers = tuple([named.get(name, "") for name in self._locator.headers])
+        answer = self._locator.locate(address, headers, peer in self._trusted)
         if answer is None:
             return None
         client = clients.describe(user_agent)
         # By position, in the order of the fields: 38 keywords cost 17 000 instructions more.
         return UsageRecord(
-            self._id(seen),
+            _id(seen, origin.nonce),
             datetime.fromtimestamp(seen.started_ns // 1000 / 1e6, timezone.utc),
             seen.duration_ns / 1e9,
             _clean(method, 32),
@@ -116,21 +134,22 @@ class Enricher:
             None,  # span_id
             _queue_seconds(request_start or queue_start, seen.started_ns),
             self._app,
-            self._process,
+            origin.process,
         )
 
-    def _id(self, seen: Observation) -> str:
-        """Return a UUIDv7 (RFC 9562, section 5.7): the same one whenever it is made.
 
-        The 12 bits after the milliseconds hold their fraction (method 3 of section 6.2); the rest
-        is a random number of the process plus the number of the request.
-        """
-        milliseconds, rest = divmod(seen.started_ns, 1_000_000)
-        front = milliseconds << 16 | 7 << 12 | rest * 4096 // 1_000_000
-        back = 2 << 62 | (self._nonce + seen.sequence) & (2**62 - 1)
-        # Not str(UUID(int=...)), which costs 10 000 instructions more.
-        digits = _pack(front & (2**64 - 1), back).hex()
-        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+def _id(seen: Observation, nonce: int) -> str:
+    """Return a UUIDv7 (RFC 9562, section 5.7): the same one whenever it is made.
+
+    The 12 bits after the milliseconds hold their fraction (method 3 of section 6.2); the rest
+    is a random number of the process plus the number of the request.
+    """
+    milliseconds, rest = divmod(seen.started_ns, 1_000_000)
+    front = milliseconds << 16 | 7 << 12 | rest * 4096 // 1_000_000
+    back = 2 << 62 | (nonce + seen.sequence) & (2**62 - 1)
+    # Not str(UUID(int=...)), which costs 10 000 instructions more.
+    digits = _pack(front & (2**64 - 1), back).hex()
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def _clean(text: str, length: int) -> str:

@@ -11,11 +11,13 @@ from flask import Request, Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest as generate_text
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.registry import Collector
 from werkzeug.http import parse_accept_header, parse_options_header
 
 from flask_usage_metrics.collector import UsageCollector, number
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.metrics import Family
+from flask_usage_metrics.multiprocess import merged_registry, multiprocess_files
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -37,6 +39,9 @@ class Exposition:
         collector: Ours, in that registry.
         token: Bearer token a scrape must show; None: everybody may read.
         faults: Where a failing collector of the app's own is reported.
+
+    The app's own client_python metrics of all workers are merged in where
+    ``PROMETHEUS_MULTIPROC_DIR`` is set, and process metrics of sibling workers added up.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Exposition:
         self._collector = collector
         self._token = token
         self._faults = faults
+        self._files = multiprocess_files(faults)
 
     def answer(self, request: Request) -> Response:
         """Return the response to a scrape."""
@@ -91,14 +97,13 @@ class Exposition:
 
     def _encode_theirs(self, openmetrics: bool, names: Collection[str]) -> bytes:
         """Return what else is in the registry; nothing if a collector of the app's own fails."""
-        generate: Callable[[CollectorRegistry], bytes]
+        generate: Callable[[Collector], bytes]
         generate = generate_openmetrics if openmetrics else generate_text
-        registry = self._registry
-        if names:
-            registry = registry.restricted_registry(names)  # type: ignore[assignment]
+        pids = self._collector.totals.workers()
+        source = merged_registry(self._registry, self._files, pids)
         try:
             with self._collector.muted():
-                encoded = generate(registry)
+                encoded = generate(source.restricted_registry(names) if names else source)
         except Exception as error:  # noqa: BLE001 - a collector is anybody's
             self._faults.report("exposition", error, "only our own metrics are exposed")
             return b""

@@ -27,6 +27,8 @@ from flask_usage_metrics.journal import Journal
 from flask_usage_metrics.pipeline import METRICS_SINK, Pipeline
 from flask_usage_metrics.scope import Marks, Scope
 from flask_usage_metrics.settings import Settings
+from flask_usage_metrics.siblings import Membership
+from flask_usage_metrics.state import State, default_places
 from flask_usage_metrics.storage import Storage, Writer, as_writer
 from flask_usage_metrics.totals import Totals
 
@@ -119,9 +121,17 @@ class TrackUsage:
         exposition = Exposition(self._registry, collector, settings.metrics_token, faults)
         if settings.metrics_path is not None:
             _add_route(app, settings.metrics_path, lambda: exposition.answer(request))
+        key = _join_totals(collector.totals, app, settings, writers)
         pipeline = Pipeline(
             journal=Journal(settings.buffer_records),
-            enricher=Enricher(app.name, locator, settings.trusted_proxies),
+            membership=Membership(
+                collector.totals.state,
+                key,
+                totals=collector.totals,
+                spool_bytes=settings.spool_bytes,
+                faults=faults,
+            ),
+            enricher=Enricher(app.name, key, locator, settings.trusted_proxies),
             locator=locator,
             totals=collector.totals,
             sinks=_sinks(writers, collector.totals, settings, faults),
@@ -141,6 +151,7 @@ class TrackUsage:
         capture = Capture(
             app,
             scope=scope,
+            begin=pipeline.begin,
             submit=pipeline.submit,
             lose=pipeline.lose,
             username=self._username,
@@ -264,6 +275,7 @@ class Tracking:
         self.drain = pipeline.drain
         self.pending = pipeline.pending
         self.up = pipeline.up
+        self.is_journaled = pipeline.is_journaled
         self.in_progress = capture.in_progress
 
     def reset_after_fork(self) -> None:
@@ -311,6 +323,22 @@ def _sinks(
             )
         )
     return sinks
+
+
+def _join_totals(totals: Totals, app: Flask, settings: Settings, writers: Sequence[Writer]) -> str:
+    """Return a name for the app, the same in all its processes, that no other app has."""
+    if totals.state is None:
+        places = (
+            default_places(Path(app.instance_path))
+            if settings.state_dir is None
+            else [Path(settings.state_dir)]
+        )
+        totals.state = State(places, f"{app.name} {app.import_name} {app.root_path}")
+    # What was meant for one storage must not come to another.
+    storages = " ".join(writer.identity for writer in writers)
+    key = f"{app.name} {len(totals.apps)} {storages}"
+    totals.apps.append(key)
+    return key
 
 
 def _add_route(app: Flask, path: str, view: Callable[[], Response]) -> None:

@@ -1,32 +1,94 @@
-"""The buffer between the requests and the worker: bounded, one a process."""
+"""The buffer between the requests and the worker; on disk too, so that it outlives a kill -9."""
 
 from __future__ import annotations
 
+import mmap
+import os
+import struct
+import threading
 from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from weakref import finalize
+from zlib import crc32
+
+import msgspec
 
 from flask_usage_metrics.observation import Observation
+from flask_usage_metrics.state import is_still, open_private, try_lock
+
+FILE_BYTES = 4 * 1024 * 1024
+"""Size of a journal file: some 8 000 requests of 500 bytes."""
+
+_MAGIC = b"FUMJRNL1"
+_HEADER_BYTES = 4096
+_HEADER = struct.Struct("<8sQQQQI")  # magic, size, tail, head, committed, length of the origin
+_TAIL, _HEAD, _COMMITTED = 16, 24, 32
+_U64 = struct.Struct("<Q")
+_U32 = struct.Struct("<I")
+_FRAME = struct.Struct("<IIQII")  # length, checksum, sequence, fold number, unused
+_NUMBER = 16
+_SKIP = 0xFFFFFFFF
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Observation).decode
+
+Entry = tuple[int, Observation]
+"""An observation, and its number in its journal."""
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """Who captured: what records need to know beside their observation.
+
+    Attributes:
+        app: Name of the app.
+        process: ``"host:pid"``.
+        nonce: Random number of the process, part of the records' ids.
+        headers: Names of the headers that follow the usual texts of an observation's environ.
+    """
+
+    app: str
+    process: str
+    nonce: int
+    headers: tuple[str, ...]
 
 
 class Journal:
-    """Takes observations from any thread, without a lock, and hands them out in batches.
+    """Takes observations from any thread, and hands them out in batches, in their order.
 
     Args:
-        capacity: At most so many observations wait. Threads that append at the very same moment
-            may exceed it by one each.
+        capacity: At most so many observations wait.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._waiting: deque[Observation] = deque()
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[Entry] = deque()
+        self._sequence = 0
+        self.file: JournalFile | None = None
 
     def append(self, observation: Observation) -> bool:
-        """Keep an observation; return False, and keep nothing, when there is no room."""
-        if len(self._waiting) >= self._capacity:
-            return False
-        self._waiting.append(observation)
+        """Keep an observation; return False, and keep nothing, when there is no room.
+
+        When this returns True the process may be killed: the observation is in the file, unless
+        there is none or it is full.
+        """
+        file = self.file
+        payload = None if file is None else _payload(observation)
+        with self._lock:
+            if len(self._waiting) >= self._capacity:
+                return False
+            self._sequence += 1
+            if file is not None and payload is not None:
+                file.append(self._sequence, payload)
+            self._waiting.append((self._sequence, observation))
         return True
 
-    def take(self, at_most: int) -> list[Observation]:
+    def take(self, at_most: int) -> list[Entry]:
         """Return the oldest observations and forget them; for one caller at a time."""
         waiting = self._waiting
         return [waiting.popleft() for _ in range(min(at_most, len(waiting)))]
@@ -34,6 +96,199 @@ class Journal:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def release(self, sequence: int) -> None:
+        """Forget on disk as well what is settled: everything up to this number."""
+        if self.file is not None:
+            with self._lock:
+                self.file.release(sequence)
+
+    def close(self) -> None:
+        """Give the file back; it is removed if nothing in it is unsettled."""
+        if self.file is not None:
+            with self._lock:
+                file, self.file = self.file, None
+            file.close(remove=file.is_empty())
+
     def reset_after_fork(self) -> None:
         """Forget what the parent process captured: the parent still has it."""
-        self._waiting = deque()
+        if self.file is not None:
+            self.file.close(remove=False)
+        self._start_anew()
+
+
+class JournalFile:
+    """A file of frames, allocated at once and mapped: a ring whose tail follows what is settled.
+
+    The kernel writes what is in the map to the file whatever becomes of the process. The file is
+    locked (``flock``) as long as its process lives. Each frame has the number of the fold that
+    counted it, and the file the number of the last fold that was committed: so whoever adopts the
+    file after a kill knows what was counted, and counts the rest.
+
+    Attributes:
+        id: Unique name.
+        origin: Who captured what is in it.
+    """
+
+    def __init__(self, path: Path, descriptor: int, origin: Origin, size: int) -> None:
+        self.id = path.stem
+        self.origin = origin
+        self._path = path
+        self._descriptor = descriptor
+        self._close = finalize(self, os.close, descriptor)
+        self._size = size
+        self._map = mmap.mmap(descriptor, _HEADER_BYTES + size)
+        self._tail: int = _U64.unpack_from(self._map, _TAIL)[0]
+        self._head: int = _U64.unpack_from(self._map, _HEAD)[0]
+        # For each frame that is not released: where it is, and where the next may begin.
+        self._frames: dict[int, tuple[int, int]] = {}
+
+    @classmethod
+    def create(cls, folder: Path, origin: Origin, size: int = FILE_BYTES) -> JournalFile:
+        """Make a file in a folder of ours.
+
+        Raises:
+            OSError: It cannot be made; the disk may be full.
+        """
+        path = folder / f"{os.urandom(8).hex()}.journal"
+        descriptor = open_private(path, exclusive=True)
+        try:
+            if not try_lock(descriptor):
+                raise BlockingIOError
+            # Before it is mapped: a page that finds no room on the disk kills the process.
+            os.posix_fallocate(descriptor, 0, _HEADER_BYTES + size)
+            meta = msgspec.json.encode(origin)
+            header = _HEADER.pack(_MAGIC, size, 0, 0, 0, len(meta)) + meta
+            if len(header) > _HEADER_BYTES:
+                raise OSError("too many country headers")
+            os.pwrite(descriptor, header, 0)
+        except BaseException:
+            os.close(descriptor)
+            path.unlink()
+            raise
+        return cls(path, descriptor, origin, size)
+
+    @classmethod
+    def adopt(cls, path: Path, app: str) -> JournalFile | None:
+        """Take over the file of a dead process; None if it is none, or not this app's."""
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        with suppress(OSError, ValueError, struct.error, msgspec.DecodeError):
+            header = os.pread(descriptor, _HEADER_BYTES, 0)
+            magic, size, _, _, _, length = _HEADER.unpack_from(header)
+            meta = header[_HEADER.size : _HEADER.size + length]
+            if magic == _MAGIC and os.fstat(descriptor).st_size == _HEADER_BYTES + size:
+                origin = msgspec.json.decode(meta, type=Origin)
+                if origin.app == app and try_lock(descriptor) and is_still(path, descriptor):
+                    return cls(path, descriptor, origin, size)
+        os.close(descriptor)
+        return None
+
+    @property
+    def folder(self) -> Path:
+        """Where the file is."""
+        return self._path.parent
+
+    @property
+    def committed(self) -> int:
+        """Number of the last fold that was committed."""
+        return int(_U64.unpack_from(self._map, _COMMITTED)[0])
+
+    @committed.setter
+    def committed(self, number: int) -> None:
+        _U64.pack_into(self._map, _COMMITTED, number)
+
+    def append(self, sequence: int, payload: bytes) -> bool:
+        """Write a frame; return False, and write nothing, when there is no room."""
+        length = _FRAME.size + len(payload) + 7 & ~7
+        start = self._head
+        place = start % self._size
+        if self._size - place < length:  # frames do not go round the end
+            start += self._size - place
+            if start + length - self._tail > self._size:
+                return False
+            _U32.pack_into(self._map, _HEADER_BYTES + place, _SKIP)
+            place = 0
+        elif start + length - self._tail > self._size:
+            return False
+        at = _HEADER_BYTES + place
+        _FRAME.pack_into(self._map, at, len(payload), crc32(payload), sequence, 0, 0)
+        self._map[at + _FRAME.size : at + _FRAME.size + len(payload)] = payload
+        self._frames[sequence] = (at, start + length)
+        self._head = start + length
+        # Last: a process that is killed before leaves nothing, instead of half a frame.
+        _U64.pack_into(self._map, _HEAD, self._head)
+        return True
+
+    def mark(self, sequences: Iterable[int], number: int) -> None:
+        """Note that a fold is about to count these."""
+        for sequence in sequences:
+            frame = self._frames.get(sequence)
+            if frame is not None:
+                _U32.pack_into(self._map, frame[0] + _NUMBER, number)
+
+    def release(self, sequence: int) -> None:
+        """Give room back up to this number."""
+        frames = self._frames
+        while frames and (first := next(iter(frames))) <= sequence:
+            self._tail = frames.pop(first)[1]
+        _U64.pack_into(self._map, _TAIL, self._tail)
+
+    def entries(self) -> Iterator[tuple[int, int, Observation]]:
+        """Yield what was captured and not settled: sequence, fold number, observation.
+
+        What is damaged ends it, as nothing tells where the next frame begins.
+        """
+        at_logical = self._tail
+        while at_logical < self._head <= self._tail + self._size:
+            place = at_logical % self._size
+            at = _HEADER_BYTES + place
+            room = self._size - place
+            if room < _FRAME.size or _U32.unpack_from(self._map, at)[0] == _SKIP:
+                at_logical += room
+                continue
+            length, checksum, sequence, number, _ = _FRAME.unpack_from(self._map, at)
+            payload = self._map[at + _FRAME.size : at + _FRAME.size + length]
+            if length > room or crc32(payload) != checksum:
+                return
+            at_logical += _FRAME.size + length + 7 & ~7
+            self._frames[sequence] = (at, at_logical)
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
+                yield sequence, number, _decode(payload)
+
+    def is_empty(self) -> bool:
+        """Tell whether everything is settled."""
+        return not self._frames and self._tail == self._head
+
+    def is_there(self) -> bool:
+        """Tell whether others could find it."""
+        return is_still(self._path, self._descriptor)
+
+    def close(self, *, remove: bool) -> None:
+        """Unmap and unlock; also right in a forked child, unless it removes."""
+        if remove:
+            with suppress(OSError):
+                self._path.unlink()
+        self._map.close()
+        self._close()
+
+
+def _payload(observation: Observation) -> bytes:
+    try:
+        return _encode(observation)
+    except UnicodeEncodeError:  # a lone surrogate
+        return _encode(msgspec.structs.replace(observation, **_washed(observation)))
+
+
+def _washed(observation: Observation) -> dict[str, object]:
+    values = msgspec.structs.asdict(observation)
+    for name, value in values.items():
+        if isinstance(value, str):
+            values[name] = _wash(value)
+    values["environ"] = tuple(map(_wash, observation.environ))
+    return values
+
+
+def _wash(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

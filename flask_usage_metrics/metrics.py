@@ -102,6 +102,19 @@ FAULTS = Description(
     "Failures inside flask_usage_metrics, by part; none of them reached a visitor.",
     ("part",),
 )
+WORKERS = Description(
+    "flask_usage_workers", "gauge", "Worker processes whose totals are added together here."
+)
+SHARED = Description(
+    "flask_usage_totals_shared",
+    "gauge",
+    "0 if this worker has siblings whose totals are missing here, else 1.",
+)
+JOURNALED = Description(
+    "flask_usage_journaled",
+    "gauge",
+    "1 if captured requests survive a kill of the process: a journal could be made, else 0.",
+)
 BUILD_INFO = Description(
     "flask_usage_build_info", "gauge", "1, with the version of flask_usage_metrics.", ("version",)
 )
@@ -119,6 +132,9 @@ DESCRIPTIONS = (
     SINK_UP,
     OVERFLOW,
     FAULTS,
+    WORKERS,
+    SHARED,
+    JOURNALED,
     BUILD_INFO,
 )
 """All families, in the order they are exposed in."""

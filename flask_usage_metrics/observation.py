@@ -44,7 +44,7 @@ ENVIRON_TEXTS = 17
 """How many texts `environ_texts` returns."""
 
 
-class Observation(msgspec.Struct, frozen=True):
+class Observation(msgspec.Struct, frozen=True, array_like=True):
     """One request, as captured; `enrichment` makes the record of it.
 
     Attributes:

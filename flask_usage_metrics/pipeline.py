@@ -1,35 +1,72 @@
-"""The worker: takes observations from the journal, makes records, fans them out, keeps account."""
+"""The worker: takes observations from the journals, makes records, fans them out, keeps account."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
+
+import msgspec
 
 from flask_usage_metrics.country import Locator
 from flask_usage_metrics.delivery import Sink
 from flask_usage_metrics.enrichment import Enricher
 from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.journal import Journal
+from flask_usage_metrics.journal import Journal, JournalFile, Origin
 from flask_usage_metrics.observation import Observation
 from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.siblings import Membership
 from flask_usage_metrics.totals import Totals
 
 METRICS_SINK = "metrics"
 """Value of the label ``sink`` for the totals behind the metrics themselves."""
 
-_CHUNK = 500
+_CHUNK = 512
 _GRACE_SECONDS = 0.05
 _DRAIN_SECONDS = 1.0
 _INLINE_SECONDS = 2.0
 
 
+class Stream(msgspec.Struct, eq=False):
+    """Observations of one process: of this one, or of a dead one whose journal was adopted.
+
+    Attributes:
+        origin: Who captured them.
+        file: Where they are kept until they are settled.
+        fold: Number of the last fold that counted some of them.
+        last: Sequence of the last one that was taken.
+    """
+
+    origin: Origin
+    file: JournalFile | None
+    fold: int = 0
+    last: int = 0
+
+
+class Item(msgspec.Struct, eq=False):
+    """An observation on its way.
+
+    Attributes:
+        stream: Where it comes from.
+        sequence: Its number there.
+        seen: The observation.
+        is_counted: Whether the process that died had counted it.
+    """
+
+    stream: Stream
+    sequence: int
+    seen: Observation
+    is_counted: bool
+
+
 class Pipeline:
-    """Folds what one app's requests left in the journal, into the totals and the sinks.
+    """Folds what one app's requests left in the journals, into the totals and the sinks.
 
     Args:
         journal: Where `submit` leaves observations.
-        enricher: Makes records of them.
+        membership: Tells of the siblings, and what the dead among them left.
+        enricher: Makes records of observations.
         locator: Where the enricher looks up countries.
         totals: Where records are counted.
         sinks: Where records go.
@@ -43,6 +80,7 @@ class Pipeline:
         self,
         *,
         journal: Journal,
+        membership: Membership,
         enricher: Enricher,
         locator: Locator,
         totals: Totals,
@@ -53,6 +91,7 @@ class Pipeline:
         faults: Faults,
     ) -> None:
         self._journal = journal
+        self._membership = membership
         self._enricher = enricher
         self._locator = locator
         self._totals = totals
@@ -66,24 +105,60 @@ class Pipeline:
 
     def _start_anew(self) -> None:
         self._lock = threading.Lock()
-        self._unlocated: list[Observation] = []
+        self._unlocated: list[Item] = []
         self._folding = 0
         self._dropped = self._lost = 0
+        self._has_begun = False
+        self._is_shared = False
         self._awake = False
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._short = threading.Lock()
+        self._own = Stream(self._enricher.origin, None)
+        self._adopted: list[Stream] = []
+        self._put = 0
+        # After how many records put to the sinks a stream is settled up to which sequence, if
+        # its fold of which number is committed.
+        self._unsettled: deque[tuple[int, Stream, int, int]] = deque()
 
     def reset_after_fork(self) -> None:
         """Forget what the parent process will fold."""
-        self._start_anew()
         self._journal.reset_after_fork()
+        for stream in self._adopted:
+            if stream.file is not None:
+                stream.file.close(remove=False)
+        self._membership.reset_after_fork()
         self._enricher.reset_after_fork()
         self._locator.reset_after_fork()
+        self._start_anew()
         for sink in self._sinks:
             sink.reset_after_fork()
 
     # ------------------------------------------------------------------------ in the request
+
+    def begin(self, multiprocess: bool) -> Callable[[], None] | None:
+        """Get ready for the first request of the process.
+
+        Args:
+            multiprocess: Whether the server has other processes for the same app.
+
+        Returns:
+            What is to be called at the beginning of each request, if anything.
+        """
+        with self._short:
+            if not self._has_begun:
+                self._has_begun = True
+                self._is_shared = multiprocess
+                file = self._membership.begin(self._enricher.origin, multiprocess=multiprocess)
+                self._own.file = self._journal.file = file
+                for sink in self._sinks:
+                    sink.attach(self._membership.spool(sink.name))
+        return self._notice if multiprocess else None
+
+    def _notice(self) -> None:
+        """Let the siblings know, within half a second, that a request is being answered."""
+        if not self._awake:
+            self._rouse()
 
     def submit(self, observation: Observation) -> None:
         """Take an observation; returns at once, unless delivery is inline."""
@@ -134,10 +209,10 @@ class Pipeline:
                 self.fold()
             except Exception as error:  # noqa: BLE001 - the worker goes on whatever happens
                 self._faults.report("pipeline", error, "records are folded later")
-            if self._journal or self._unlocated:
+            if self._has_work():
                 continue
             self._awake = False
-            if self._journal:
+            if self._has_work():
                 self._awake = True
             elif not self._wake.wait(self._idle_seconds):
                 with self._short:
@@ -147,6 +222,12 @@ class Pipeline:
             else:
                 # Others will come with the one that woke us.
                 self._wake.clear()
+
+    def _has_work(self) -> bool:
+        if self._journal or self._unlocated or self._unsettled:
+            return True
+        # The siblings show how many requests are being answered here.
+        return self._is_shared and self._totals.in_progress() > 0
 
     def fold(self, grace: float = 0.0) -> None:
         """Turn the observations taken so far into records, count them, hand them to the sinks.
@@ -160,38 +241,101 @@ class Pipeline:
 
     def _fold(self, grace: float) -> None:
         waiting, self._unlocated = self._unlocated, []
-        self._fold_some(waiting)
+        for item in self._adopt():
+            waiting.append(item)
+        self._fold_items(waiting)
         for _ in range(len(self._journal) // _CHUNK + 1):
-            self._fold_some(self._journal.take(_CHUNK))
+            taken = self._journal.take(_CHUNK)
+            self._fold_items([Item(self._own, number, seen, False) for number, seen in taken])
         if grace and self._unlocated:
             self._locator.wait_local(grace)
             waiting, self._unlocated = self._unlocated, []
-            self._fold_some(waiting)
+            self._fold_items(waiting)
+        self._totals.exchange()
+        self._settle()
 
-    def _fold_some(self, observations: Sequence[Observation]) -> None:
-        self._folding = len(observations)
+    def _adopt(self) -> Iterable[Item]:
+        """Yield what dead siblings captured and did not see settled."""
+        for file in self._membership.leftovers():
+            folded = self._totals.folded(file)
+            stream = Stream(file.origin, file, folded)
+            self._adopted.append(stream)
+            for sequence, fold, seen in file.entries():
+                stream.last = sequence
+                yield Item(stream, sequence, seen, 0 < fold <= folded)
+            # Also a journal in which nothing is left has to be seen off.
+            self._unsettled.append((self._put, stream, stream.last, folded))
+
+    def _fold_items(self, items: Sequence[Item]) -> None:
+        for start in range(0, len(items), _CHUNK):
+            self._fold_chunk(items[start : start + _CHUNK])
+
+    def _fold_chunk(self, items: Sequence[Item]) -> None:
+        self._folding = len(items)
         records: list[UsageRecord] = []
+        to_count: list[UsageRecord] = []
+        decided: dict[Stream, list[int]] = {}
         failed = 0
-        for observation in observations:
+        for item in items:
             try:
-                record = self._enricher.enrich(observation)
+                record = self._enricher.enrich(item.seen, item.stream.origin)
             except Exception as error:  # noqa: BLE001 - one poisonous request among others
                 self._faults.report("enrichment", error, "a request was not counted")
                 failed += 1
-                continue
-            if record is None:
-                self._unlocated.append(observation)
             else:
+                if record is None:
+                    self._unlocated.append(item)
+                    continue
                 records.append(record)
+                if not item.is_counted:
+                    to_count.append(record)
+            decided.setdefault(item.stream, []).append(item.sequence)
+        self._mark(decided)
         with self._short:
             dropped, self._dropped = self._dropped, 0
             failed, self._lost = failed + self._lost, 0
-        if records:
-            self._totals.add(records)
-        self._account.add(written=len(records), dropped=dropped, failed=failed)
+        self._totals.add(to_count, {s.file: s.fold for s in decided if s.file is not None})
+        self._account.add(written=len(to_count), dropped=dropped, failed=failed)
         for sink in self._sinks:
             sink.put(records, dropped=dropped, failed=failed)
+        self._put += len(records)
+        self._await_settling(decided)
         self._folding = 0
+
+    def _mark(self, decided: dict[Stream, list[int]]) -> None:
+        """Note in each journal which of its observations the fold that follows will count."""
+        for stream, sequences in decided.items():
+            if stream.file is not None:
+                stream.fold += 1
+                stream.file.mark(sequences, stream.fold)
+                stream.last = max(stream.last, *sequences)
+
+    def _await_settling(self, decided: dict[Stream, list[int]]) -> None:
+        for stream in decided:
+            if stream.file is not None:
+                # What waits for its country holds the room of those behind it as well.
+                first = [item.sequence for item in self._unlocated if item.stream is stream]
+                through = min(first) - 1 if first else stream.last
+                self._unsettled.append((self._put, stream, through, stream.fold))
+
+    def _settle(self) -> None:
+        """Give back the journals' room for what is counted, and decided by every sink."""
+        settled = min([sink.settled() for sink in self._sinks], default=self._put)
+        while self._unsettled and self._unsettled[0][0] <= settled:
+            _, stream, through, fold = self._unsettled[0]
+            if stream.file is None or stream.file.committed < fold:
+                break
+            self._unsettled.popleft()
+            if stream is self._own:
+                self._journal.release(through)
+            else:
+                stream.file.release(through)
+        for stream in list(self._adopted):
+            waits = any(waiting[1] is stream for waiting in self._unsettled)
+            if not waits and not any(item.stream is stream for item in self._unlocated):
+                self._adopted.remove(stream)
+                if stream.file is not None:
+                    self._membership.forget(stream.file)
 
     # ------------------------------------------------------------------------ for others
 
@@ -228,15 +372,35 @@ class Pipeline:
                 break
             self._locator.wait(min(remaining, 0.1))
         flushed = [sink.flush(deadline) for sink in self._sinks]
+        with self._lock:
+            self._totals.exchange()
+            self._settle()
         return located and all(flushed)
 
     def close(self, timeout: float) -> None:
         """Flush, and close what can be closed; the next request opens it again."""
-        if not self.flush(timeout):
-            left = max(self.pending().values(), default=0)
-            self._faults.report("exit", f"{left} record(s) were not written", "they are lost")
-        for sink in self._sinks:
-            sink.close()
+        self.flush(timeout)
+        buffered = self.pending()[METRICS_SINK]
+        # What is in the journal or on disk is written by the next process.
+        lost = max([sink.close() for sink in self._sinks], default=0)
+        if self._journal.file is None and lost + buffered:
+            left = f"{lost + buffered} record(s) were not written"
+            self._faults.report("exit", left, "they are lost")
+        with self._lock:
+            self._totals.exchange()
+            self._settle()
+            self._has_begun = False
+            if self._journal.file is not None:
+                if self._journal.file.is_empty():
+                    self._totals.forget(self._journal.file)
+                self._journal.close()
+            for stream in self._adopted:
+                if stream.file is not None:
+                    stream.file.close(remove=False)
+            self._adopted.clear()
+            self._unsettled.clear()
+            self._totals.close()
+            self._membership.end()
         self._locator.close()
 
     def pending(self) -> dict[str, int]:
@@ -251,3 +415,8 @@ class Pipeline:
     def up(self) -> dict[str, bool]:
         """Return whether each sink's last write went well."""
         return {METRICS_SINK: True, **{sink.name: sink.up for sink in self._sinks}}
+
+    def is_journaled(self) -> bool:
+        """Return whether what is captured survives a kill, as far as is known yet."""
+        file = self._journal.file
+        return not self._has_begun or (file is not None and file.is_there())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from math import inf
@@ -35,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         buffer_records: How many records may wait in front of each storage.
         flush_seconds: Seconds a record waits for others to be written with.
         inline: Whether a request waits until its record is written.
+        state_dir: Where the app's processes keep what they share; None: see `state`.
+        spool_bytes: What may wait on disk for each storage that is down.
     """
 
     include_only: bool
@@ -50,6 +53,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     buffer_records: int
     flush_seconds: float
     inline: bool
+    state_dir: str | None
+    spool_bytes: int
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -138,6 +143,10 @@ def _path(given: Any) -> str | None:
     if path is not None and not path.startswith("/"):
         raise ValueError
     return path
+
+
+def _folder(given: Any) -> str | None:
+    return None if _is_none(given) else os.fspath(given)
 
 
 def _url(given: Any) -> str | None:
@@ -252,6 +261,8 @@ KEYS: dict[str, Key] = {
     ),
     "TRACK_USAGE_BUFFER_RECORDS": Key(10_000, "a positive int", _positive_int),
     "TRACK_USAGE_FLUSH_SECONDS": Key(0.5, "a positive number of seconds", _positive_number),
+    "TRACK_USAGE_STATE_DIR": Key(None, "a path or None", _folder),
+    "TRACK_USAGE_SPOOL_BYTES": Key(256 * 1024 * 1024, "a positive int", _positive_int),
     "TRACK_USAGE_DELIVERY": Key(
         "background", "'background' or 'inline'", _choice("background", "inline")
     ),

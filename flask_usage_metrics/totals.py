@@ -1,15 +1,21 @@
-"""The totals behind the metrics: of all apps on one registry, in this process."""
+"""The totals behind the metrics: of all apps on one registry, and of their sibling workers."""
 
 from __future__ import annotations
 
+import os
+import sqlite3
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from itertools import accumulate
-from typing import Protocol, TypeVar
+from operator import add
+from pathlib import Path
+from typing import Protocol
 from weakref import WeakSet
 
 from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.journal import JournalFile
 from flask_usage_metrics.metrics import (
     BUILD_INFO,
     CLIENT_REQUESTS,
@@ -19,6 +25,7 @@ from flask_usage_metrics.metrics import (
     FAULTS,
     FOLDED,
     IN_PROGRESS,
+    JOURNALED,
     METHODS,
     OTHER_METHOD,
     OTHER_STATUS,
@@ -29,18 +36,21 @@ from flask_usage_metrics.metrics import (
     REQUEST_LABELS,
     REQUESTS,
     RESPONSE_BYTES,
+    SHARED,
     SINK_UP,
     UNKNOWN_COUNTRY,
     UNMATCHED,
+    WORKERS,
     Description,
     Family,
     LabelSet,
     Shape,
 )
 from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.state import State, StateUnavailable
+from flask_usage_metrics.totals_file import Gauges, Key, Numbers, TotalsFile
 
 Values = tuple[str, ...]
-Row = TypeVar("Row")
 
 _STATUSES = {status: str(status) for status in range(100, 600)}
 
@@ -87,6 +97,9 @@ class Source(Protocol):
     def up(self) -> dict[str, bool]:
         """Return whether each sink's last write went well."""
 
+    def is_journaled(self) -> bool:
+        """Return whether what is captured survives a kill."""
+
 
 class Totals:
     """Adds up the records of the apps on one registry.
@@ -94,39 +107,69 @@ class Totals:
     Args:
         shape: Labels, buckets and bound of the families.
         version: Version of the package.
+
+    Attributes:
+        apps: Names of the apps that are added up, in the order of their set-up.
+        state: Where they keep what they share with their siblings; the first app decides.
     """
 
     def __init__(self, shape: Shape, version: str) -> None:
         self.shape = shape
+        self.apps: list[str] = []
+        self.state: State | None = None
         self._version = version
         self._sources: WeakSet[Source] = WeakSet()
         self._accounts: list[Account] = []
         self._faults: list[Faults] = []
         self._names = {described: _names(described, shape) for described in DESCRIPTIONS}
         self._picked = [REQUEST_LABELS.index(label) for label in shape.histogram_labels]
+        self._inherited: list[TotalsFile] = []
+        self._file: TotalsFile | None = None
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
         """Start at zero: the parent process keeps counting its own."""
+        if self._file is not None:
+            # Kept rather than closed: SQLite forbids to use, even to close, a connection in
+            # another process than the one that opened it.
+            self._inherited.append(self._file)
+        self._file = None
+        self._is_shared = True
         self._lock = threading.Lock()
-        self._requests = self._table(REQUESTS, _Latencies)
+        latencies = len(self.shape.buckets) + 2  # the buckets' counts, and the sum of seconds
+        self._tables: dict[str, Table] = {}
+        self._requests = self._table(REQUESTS, latencies)
         # With the same labels the counter and the histogram are the same numbers, kept once.
         same = self.shape.histogram_labels == REQUEST_LABELS
-        self._durations = self._requests if same else self._table(DURATION, _Latencies)
-        self._exceptions = self._table(EXCEPTIONS, _Count)
-        self._sizes = self._table(RESPONSE_BYTES, _Sizes)
-        self._clients = self._table(CLIENT_REQUESTS, _Count)
-        self._overflow = {"country": 0, "endpoint": 0, "exception": 0}
+        self._durations = self._requests if same else self._table(DURATION, latencies)
+        self._exceptions = self._table(EXCEPTIONS, 1)
+        self._sizes = self._table(RESPONSE_BYTES, 2)  # sent, received
+        self._clients = self._table(CLIENT_REQUESTS, 1)
+        self._overflow = self._table(OVERFLOW, 1)
+        self._results = self._table(RECORDS, 1)
+        self._failures = self._table(FAULTS, 1)
+        for label in ("country", "endpoint", "exception"):
+            self._overflow.row((label,))
+        self._published: dict[tuple[int, str], int] = {}
+        self._folded: dict[JournalFile, int] = {}
         for account in self._accounts:
             account.reset()
 
     # ------------------------------------------------------------------------ writing
 
-    def add(self, records: Iterable[UsageRecord]) -> None:
-        """Count records; each is in exactly one series of each family it belongs to."""
+    def add(self, records: Iterable[UsageRecord], folded: Mapping[JournalFile, int]) -> None:
+        """Count records; each is in exactly one series of each family it belongs to.
+
+        Args:
+            records: To be counted.
+            folded: For the journals they come from, the number of this fold.
+        """
         with self._lock:
             for record in records:
                 self._add(record)
+            self._folded.update(folded)
+            if self._file is None:
+                self._commit()
 
     def account(self, sink: str) -> Account:
         """Return a new account; accounts of the same sink are added up."""
@@ -147,42 +190,133 @@ class Totals:
             _STATUSES.get(record.status, OTHER_STATUS),
             record.country or UNKNOWN_COUNTRY,
         )
-        series = self._requests.get(values) or self._first_seen(values)
+        series = self._requests.new.get(values)
+        if series is None:
+            if values not in self._requests.labels:
+                values = self._first_seen(values)
+            series = self._requests.row(values)
         seconds = record.duration_seconds
         bucket = bisect_left(self.shape.buckets, seconds)
-        series.counts[bucket] += 1
-        series.seconds += seconds
+        series[bucket] += 1
+        series[-1] += seconds
         if self._durations is not self._requests:
-            folded = series.labels.values
-            durations = self._durations[tuple([folded[position] for position in self._picked])]
-            durations.counts[bucket] += 1
-            durations.seconds += seconds
-        sizes = self._sizes[self._sizes.fit(values[1:2], (FOLDED,))]
-        sizes.sent += record.bytes_sent
-        sizes.received += record.bytes_received or 0
-        self._clients[(record.client,)].count += 1
+            durations = self._durations.row(tuple([values[place] for place in self._picked]))
+            durations[bucket] += 1
+            durations[-1] += seconds
+        endpoint = self._sizes.fit((record.endpoint or UNMATCHED,), (FOLDED,))
+        sizes = self._sizes.row(endpoint)
+        sizes[0] += record.bytes_sent
+        sizes[1] += record.bytes_received or 0
+        self._clients.row((record.client,))[0] += 1
         if record.exception is not None:
-            raised = (sizes.labels.values[0], record.exception)
+            raised = (*endpoint, record.exception)
             fitted = self._exceptions.fit(raised, (FOLDED, FOLDED))
             if fitted != raised:
-                self._overflow["exception"] += 1
-            self._exceptions[fitted].count += 1
+                self._overflow.row(("exception",))[0] += 1
+            self._exceptions.row(fitted)[0] += 1
 
-    def _first_seen(self, values: Values) -> _Latencies:
-        """Return the series of a label set not seen before; a full table folds it."""
+    def _first_seen(self, values: tuple[str, str, str, str]) -> tuple[str, str, str, str]:
+        """Return the labels to count under those not seen before; a full table folds them."""
         table = self._requests
-        if table.is_full():
-            method, endpoint, status, _ = values
-            self._overflow["country"] += 1
-            values = (method, endpoint, status, FOLDED)
-            # Some room beyond the bound keeps the endpoints apart for a while longer.
-            if values not in table and table.is_full(spare=table.bound // 10):
-                self._overflow["endpoint"] += 1
-                values = (method, FOLDED, status, FOLDED)
-        return table[values]
+        if not table.is_full():
+            return values
+        method, endpoint, status, _ = values
+        self._overflow.row(("country",))[0] += 1
+        values = (method, endpoint, status, FOLDED)
+        # Some room beyond the bound keeps the endpoints apart for a while longer.
+        if values not in table.labels and table.is_full(spare=table.bound // 10):
+            self._overflow.row(("endpoint",))[0] += 1
+            values = (method, FOLDED, status, FOLDED)
+        return values
 
-    def _table(self, described: Description, make: Callable[[LabelSet, Shape], Row]) -> Table[Row]:
-        return Table(self._names[described], self.shape, make)
+    def _table(self, described: Description, width: int) -> Table:
+        table = Table(self._names[described], self.shape.max_series, width)
+        self._tables[described.name] = table
+        return table
+
+    # ------------------------------------------------------------------------ sharing
+
+    def share(self, path: Path) -> None:
+        """Add what is counted here to the file of the siblings, and read theirs from it."""
+        with self._lock:
+            if self._file is None:
+                self._file = TotalsFile(path)
+
+    def stay_alone(self) -> None:
+        """Take note that there are siblings, and no place to share totals with them."""
+        self._is_shared = False
+
+    def exchange(self) -> None:
+        """Visit the siblings' file, if there is one; it never raises, and tries again later."""
+        with self._lock:
+            self._exchange()
+
+    def folded(self, journal: JournalFile) -> int:
+        """Return the number of the last fold of an adopted journal that was counted."""
+        number = None
+        with self._lock:
+            if self._file is not None:
+                with suppress(sqlite3.Error, OSError, StateUnavailable):
+                    number = self._file.folded(journal.id)
+        if number is None:
+            return journal.committed
+        journal.committed = number
+        return number
+
+    def forget(self, journal: JournalFile) -> None:
+        """Forget a journal that is about to be closed."""
+        with self._lock:
+            self._folded.pop(journal, None)
+            if self._file is not None:
+                self._file.forget([journal.id])
+
+    def close(self) -> None:
+        """Add what is left to the siblings' file and close it."""
+        with self._lock:
+            if self._file is not None:
+                self._exchange()
+                self._file.leave()
+
+    def in_progress(self) -> int:
+        """Return the number of requests being answered in this process."""
+        return sum(source.in_progress() for source in list(self._sources))
+
+    def workers(self) -> list[int]:
+        """Return the process ids of this process and its living siblings, as of the last visit."""
+        file = self._file
+        return [os.getpid()] if file is None else sorted({os.getpid(), *file.workers})
+
+    def _exchange(self) -> None:
+        if self._file is None:
+            return
+        self._count_results()
+        new = {
+            (name, values): numbers
+            for name, table in self._tables.items()
+            for values, numbers in table.new.items()
+        }
+        folded = {journal.id: number for journal, number in self._folded.items()}
+        try:
+            self._file.visit(new, folded, self._gauges(list(self._sources)))
+        except (sqlite3.Error, OSError, StateUnavailable) as error:
+            self._is_shared = False
+            if self._faults:
+                self._faults[0].report("totals", error, "workers are added together later")
+            return
+        self._is_shared = True
+        for table in self._tables.values():
+            table.new.clear()
+        self._commit()
+        for name, values in self._file.merged:
+            table = self._tables[name]
+            if values not in table.labels:
+                table.learn(values)
+
+    def _commit(self) -> None:
+        for journal, number in self._folded.items():
+            with suppress(ValueError):  # it was closed meanwhile
+                journal.committed = number
+        self._folded.clear()
 
     # ------------------------------------------------------------------------ reading
 
@@ -191,28 +325,29 @@ class Totals:
         sources = list(self._sources)
         for source in sources:
             source.drain()
-        taken: dict[Description, list[tuple[LabelSet, float]]] = {}
         with self._lock:
-            taken[REQUESTS] = [(row.labels, sum(row.counts)) for row in self._requests.values()]
-            histograms = [
-                (row.labels, list(accumulate(row.counts)), row.seconds)
-                for row in self._durations.values()
-            ]
-            taken[EXCEPTIONS] = [(row.labels, row.count) for row in self._exceptions.values()]
-            taken[RESPONSE_BYTES] = [(row.labels, row.sent) for row in self._sizes.values()]
-            taken[REQUEST_BYTES] = [(row.labels, row.received) for row in self._sizes.values()]
-            taken[CLIENT_REQUESTS] = [(row.labels, row.count) for row in self._clients.values()]
-            computed = {OVERFLOW: _keyed(self._overflow), RECORDS: self._results()}
-        computed[IN_PROGRESS] = {(): sum(source.in_progress() for source in sources)}
-        computed[PENDING] = _keyed(_merged(sum, [source.pending() for source in sources]))
-        computed[SINK_UP] = _keyed(_merged(min, [source.up() for source in sources]))
-        computed[FAULTS] = _keyed(_merged(sum, [faults.counts() for faults in self._faults]))
-        computed[BUILD_INFO] = {(self._version,): 1}
-        for described, values in computed.items():
-            names = self._names[described]
-            taken[described] = [
-                (LabelSet(names, key), value) for key, value in sorted(values.items())
-            ]
+            self._exchange()
+            self._count_results()
+            merged = {} if self._file is None else self._file.merged
+            rows = {name: table.rows(name, merged) for name, table in self._tables.items()}
+            siblings = {} if self._file is None else dict(self._file.workers)
+        siblings[os.getpid()] = self._gauges(sources)
+        gauges = self._sampled(list(siblings.values()))
+        taken = {
+            REQUESTS: [(labels, sum(row[:-1])) for labels, row in rows[REQUESTS.name]],
+            RESPONSE_BYTES: [(labels, row[0]) for labels, row in rows[RESPONSE_BYTES.name]],
+            REQUEST_BYTES: [(labels, row[1]) for labels, row in rows[RESPONSE_BYTES.name]],
+            **{
+                described: [(labels, row[0]) for labels, row in rows[described.name]]
+                for described in (EXCEPTIONS, CLIENT_REQUESTS, OVERFLOW, RECORDS, FAULTS)
+            },
+            **gauges,
+        }
+        latencies = rows[DURATION.name] if DURATION.name in rows else rows[REQUESTS.name]
+        histograms = [
+            (labels, [int(count) for count in accumulate(row[:-1])], float(row[-1]))
+            for labels, row in latencies
+        ]
         return [
             Family(
                 described,
@@ -231,63 +366,106 @@ class Totals:
             for described in DESCRIPTIONS
         ]
 
-    def _results(self) -> dict[Values, int]:
-        results: dict[Values, int] = {}
-        for account in self._accounts:
-            for result in ("written", "dropped", "failed"):
-                key = (account.sink, result)
-                results[key] = results.get(key, 0) + getattr(account, result)
-        return results
+    def _count_results(self) -> None:
+        """Bring the tables of results and faults up to what the accounts have come to."""
+        counts: list[tuple[Table, Values, int, int]] = [
+            (self._results, (account.sink, result), id(account), getattr(account, result))
+            for account in self._accounts
+            for result in ("written", "dropped", "failed")
+        ]
+        counts += [
+            (self._failures, (part,), id(faults), count)
+            for faults in self._faults
+            for part, count in faults.counts().items()
+        ]
+        for table, values, owner, count in counts:
+            key = (owner, values[-1])
+            published = self._published.get(key)
+            if count != published:
+                table.row(values)[0] += count - (published or 0)
+                self._published[key] = count
+
+    def _gauges(self, sources: list[Source]) -> Gauges:
+        return Gauges(
+            self.in_progress(),
+            _merged(sum, [source.pending() for source in sources]),
+            {
+                sink: bool(up)
+                for sink, up in _merged(min, [source.up() for source in sources]).items()
+            },
+            all(source.is_journaled() for source in sources),
+        )
+
+    def _sampled(self, workers: list[Gauges]) -> dict[Description, list[tuple[LabelSet, float]]]:
+        computed: dict[Description, dict[Values, int]] = {
+            IN_PROGRESS: {(): sum(worker.in_progress for worker in workers)},
+            PENDING: _keyed(_merged(sum, [worker.pending for worker in workers])),
+            SINK_UP: _keyed(_merged(min, [worker.up for worker in workers])),
+            WORKERS: {(): len(workers)},
+            SHARED: {(): int(self._is_shared)},
+            JOURNALED: {(): int(all(worker.journaled for worker in workers))},
+            BUILD_INFO: {(self._version,): 1},
+        }
+        return {
+            described: [
+                (LabelSet(self._names[described], key), value)
+                for key, value in sorted(values.items())
+            ]
+            for described, values in computed.items()
+        }
 
 
-class _Count:
-    __slots__ = ("count", "labels")
+class Table:
+    """The series of one family.
 
-    def __init__(self, labels: LabelSet, _shape: Shape) -> None:
-        self.labels = labels
-        self.count = 0
+    Args:
+        names: Names of the labels.
+        bound: How many series there may be before they are folded.
+        width: How many numbers a series has.
 
+    Attributes:
+        new: By label values, what was counted here and is not in the siblings' file yet.
+        labels: Every series that is known, here or from siblings.
+    """
 
-class _Sizes:
-    __slots__ = ("labels", "received", "sent")
-
-    def __init__(self, labels: LabelSet, _shape: Shape) -> None:
-        self.labels = labels
-        self.sent = self.received = 0
-
-
-class _Latencies:
-    __slots__ = ("counts", "labels", "seconds")
-
-    def __init__(self, labels: LabelSet, shape: Shape) -> None:
-        self.labels = labels
-        self.counts = [0] * (len(shape.buckets) + 1)
-        self.seconds = 0.0
-
-
-class Table(dict[Values, Row]):
-    """The series of one family by their label values; a missing one is made when asked for."""
-
-    def __init__(
-        self, names: tuple[str, ...], shape: Shape, make: Callable[[LabelSet, Shape], Row]
-    ) -> None:
-        super().__init__()
-        self.bound = shape.max_series
+    def __init__(self, names: tuple[str, ...], bound: int, width: int) -> None:
+        self.bound = bound
+        self.new: dict[Values, Numbers] = {}
+        self.labels: dict[Values, LabelSet] = {}
         self._names = names
-        self._shape = shape
-        self._make = make
+        self._width = width
 
-    def __missing__(self, values: Values) -> Row:
-        row = self[values] = self._make(LabelSet(self._names, values), self._shape)
+    def row(self, values: Values) -> Numbers:
+        """Return the new numbers of a series, to be added to."""
+        row = self.new.get(values)
+        if row is None:
+            row = self.new[values] = [0] * self._width
+            if values not in self.labels:
+                self.learn(values)
         return row
+
+    def learn(self, values: Values) -> None:
+        """Take note of a series."""
+        self.labels[values] = LabelSet(self._names, values)
 
     def is_full(self, spare: int = 0) -> bool:
         """Tell whether there are as many series as there may be."""
-        return len(self) >= self.bound + spare
+        return len(self.labels) >= self.bound + spare
 
     def fit(self, values: Values, folded: Values) -> Values:
         """Return the values, or the folded ones if there is no room for a new series."""
-        return values if values in self or not self.is_full() else folded
+        return values if values in self.labels or not self.is_full() else folded
+
+    def rows(self, name: str, merged: Mapping[Key, Numbers]) -> list[tuple[LabelSet, Numbers]]:
+        """Return all series with their numbers: the siblings' sums and what is new."""
+        rows = []
+        for values, labels in self.labels.items():
+            old, new = merged.get((name, values)), self.new.get(values)
+            if old is None:
+                rows.append((labels, list(new or [0] * self._width)))
+            else:
+                rows.append((labels, old if new is None else [*map(add, old, new)]))
+        return rows
 
 
 def _names(described: Description, shape: Shape) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ class Site:
         self.registry = CollectorRegistry()
         for key, value in config.items():
             self.app.config[key if key == "TESTING" else f"TRACK_USAGE_{key}"] = value
+        self.app.config.setdefault("TRACK_USAGE_STATE_DIR", folder / "state")
         self.app.config.setdefault("TRACK_USAGE_STORAGE", f"sqlite:///{folder}/usage.sqlite3")
         self.usage = TrackUsage(
             self.app, storage, registry=self.registry, country=country, username=username

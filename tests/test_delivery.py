@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -120,14 +121,17 @@ def test_a_failure_that_says_nothing_of_its_kind_is_tried_again(
     assert site.account("kept") == settled(3)
 
 
+@pytest.mark.parametrize("disk", [True, False], ids=["spooled", "no-disk"])
 def test_a_blocked_storage_delays_neither_requests_nor_the_others(
-    make_site: Callable[..., Site],
+    make_site: Callable[..., Site], tmp_path: Path, disk: bool
 ) -> None:
+    (tmp_path / "in-the-way").touch()
+    state = tmp_path / ("state" if disk else "in-the-way")
     free = threading.Event()
     blocked = Kept(lambda batch: free.wait(30))
     blocked.name = "blocked"
     kept = Kept()
-    site = make_site([blocked, kept], BUFFER_RECORDS=50)
+    site = make_site([blocked, kept], BUFFER_RECORDS=50, STATE_DIR=state)
     started = time.monotonic()
     for _ in range(8):
         visit(site, 20)
@@ -135,12 +139,18 @@ def test_a_blocked_storage_delays_neither_requests_nor_the_others(
     assert time.monotonic() - started < 20
     assert not site.usage.flush(0.3)
     assert len(kept.records) == 160
-    # Of the blocked one's records 50 wait; there was no room for the others.
-    assert site.account("blocked") == settled(0, dropped=110, pending=50)
     assert sum(site.counted().values()) == 160
+    if disk:
+        assert site.account("blocked") == settled(0, pending=160)
+    else:
+        # 50 records wait in memory; there was no room for the others.
+        assert site.account("blocked") == settled(0, dropped=110, pending=50)
     free.set()
     assert site.usage.flush()
-    assert site.account("blocked") == settled(50, dropped=110)
+    assert site.account("blocked") == (settled(160) if disk else settled(50, dropped=110))
+    # One batch was being written when the others went to the disk, and it with them.
+    ids = {record.id for record in blocked.records}
+    assert len(ids) == (160 if disk else 50)
 
 
 def test_a_full_journal_drops_and_counts(make_site: Callable[..., Site]) -> None:
@@ -157,8 +167,7 @@ def test_an_observation_nobody_thought_of_is_counted_as_failed(
 ) -> None:
     kept = Kept()
     site = make_site(kept)
-    enricher = site.app.extensions["track_usage"].pipeline._enricher
-    monkeypatch.setattr(enricher, "_nonce", None)
+    monkeypatch.setattr("flask_usage_metrics.enrichment._id", None)
     visit(site, 2)
     site.scrape()
     monkeypatch.undo()
@@ -244,8 +253,16 @@ def test_inline_delivery_has_written_when_the_response_is_there(
 
 
 def run(program: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as state:
+        return _run(program, timeout, {**os.environ, "TMPDIR": state})
+
+
+def _run(
+    program: str, timeout: float, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -277,12 +294,47 @@ def test_a_hung_storage_does_not_keep_the_process_alive() -> None:
         from flask import Flask
         from flask_usage_metrics import TrackUsage
         app = Flask("shop")
+        app.config["TRACK_USAGE_STATE_DIR"] = "/dev/null"
         TrackUsage(app, lambda data: threading.Event().wait())
         app.test_client().get("/nowhere")
     """)
     assert done.returncode == 0
     assert time.monotonic() - started < 20
     assert "exit: 1 record(s) were not written; they are lost" in done.stderr
+
+
+def test_what_a_hung_storage_left_is_written_by_the_next_process(tmp_path: Path) -> None:
+    program = f"""
+        import sys, threading
+        from flask import Flask
+        from flask_usage_metrics import TrackUsage
+        from flask_usage_metrics.storage import Writer
+
+        class Slow(Writer):
+            name = "slow"
+            def write(self, batch):
+                if "hang" in sys.argv:
+                    threading.Event().wait()
+                print(*sorted(record.path for record in batch), flush=True)
+
+        app = Flask("shop")
+        app.config["TRACK_USAGE_STATE_DIR"] = {str(tmp_path)!r}
+        usage = TrackUsage(app, Slow())
+        for path in sys.argv[1].split():
+            app.test_client().get(path)
+        import time
+        time.sleep(1.5)
+    """
+    script = tmp_path / "shop.py"
+    script.write_text(textwrap.dedent(program))
+    out = [
+        subprocess.run(
+            [sys.executable, script, *arguments], capture_output=True, text=True, timeout=60
+        ).stdout
+        for arguments in (["/a /b /c", "hang"], ["/d"])
+    ]
+    assert out[0] == ""
+    assert sorted(out[1].split()) == ["/a", "/b", "/c", "/d"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

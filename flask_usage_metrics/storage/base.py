@@ -131,6 +131,11 @@ class Writer:
         if rejected:
             raise RecordsRejected(rejected, reason)
 
+    @property
+    def identity(self) -> str:
+        """What tells this storage from others of its kind, the same in every process."""
+        return f"{type(self).__module__}.{type(self).__qualname__} {self.name}"
+
     def bind_app(self, app: Any) -> None:
         """Take the Flask app that is tracked, for what can be had in its context only."""
 

@@ -59,6 +59,11 @@ class JSONLinesStorage(Storage):
             raise ConfigError("the jsonl storage needs flock, which this system does not have")
         self._path = Path(path).absolute()
 
+    @property
+    def identity(self) -> str:
+        """Kind and place of the file."""
+        return f"jsonl {self._path}"
+
     def write(self, batch: Sequence[UsageRecord]) -> None:
         """Append a batch, whole or not at all.
 

@@ -156,6 +156,12 @@ class SQLStorage(Storage):
         storage._patience_seconds = timeout
         return storage
 
+    @property
+    def identity(self) -> str:
+        """Database and table, without a password."""
+        url = "" if self._engine is None else self._engine.url.render_as_string()
+        return f"sql {url} {self._table.name}"
+
     def bind_app(self, app: Any) -> None:
         """Ask `db` for its engine in the context of this Flask app."""
         self._app = app

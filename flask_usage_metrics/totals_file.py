@@ -1,0 +1,249 @@
+"""The totals of sibling workers, added together in one small SQLite file of their generation."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from flask_usage_metrics.state import (
+    StateUnavailable,
+    is_alive,
+    is_still,
+    make_private,
+    open_private,
+    started,
+)
+
+Numbers = list[int | float]
+Key = tuple[str, tuple[str, ...]]
+"""Name of a family, and the label values of one of its series."""
+
+_BUSY_SECONDS = 1.0
+
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS change (number INTEGER NOT NULL)",
+    "INSERT INTO change SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM change)",
+    "CREATE TABLE IF NOT EXISTS series (family TEXT, labels TEXT, numbers TEXT, changed INTEGER,"
+    " PRIMARY KEY (family, labels)) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS series_changed ON series (changed)",
+    "CREATE TABLE IF NOT EXISTS journal (id TEXT PRIMARY KEY, folded INTEGER) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS worker (pid INTEGER PRIMARY KEY, started TEXT, gauges TEXT)",
+)
+
+_to_json = msgspec.json.Encoder().encode
+_numbers = msgspec.json.Decoder(Numbers).decode
+_labels = msgspec.json.Decoder(tuple[str, ...]).decode
+
+
+class Gauges(msgspec.Struct, frozen=True):
+    """What one worker has at this moment.
+
+    Attributes:
+        in_progress: Requests being answered.
+        pending: For each sink, records that are not decided.
+        up: For each sink, whether its last write went well.
+        journaled: Whether what is captured survives a kill.
+    """
+
+    in_progress: int
+    pending: dict[str, int]
+    up: dict[str, bool]
+    journaled: bool
+
+
+class TotalsFile:
+    """What all siblings counted; each adds what it counted since its last visit.
+
+    One visit is one transaction: it reads what the others changed and writes what is new. A worker
+    that dies takes nothing away, and nothing grows with the number of workers there ever were.
+    Should the file vanish or be damaged, the siblings make a new one of what they remember: since
+    each visit reads all changes first, the last visitor knows everything, and the larger number of
+    two is the right one.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        merged: The sums of all siblings, as of the last visit.
+        workers: Gauges of the living siblings by process id, as of the last visit.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.merged: dict[Key, Numbers] = {}
+        self.workers: dict[int, Gauges] = {}
+        self._connection: sqlite3.Connection | None = None
+        self._descriptor: int | None = None
+        self._seen = 0
+        self._pid = os.getpid()
+
+    def visit(self, new: Mapping[Key, Numbers], folded: Mapping[str, int], gauges: Gauges) -> None:
+        """Add what is new, and learn what others added.
+
+        Args:
+            new: What was counted since the last visit; taken exactly once, unless this raises.
+            folded: For each journal, the number of the last fold that is part of `new`.
+            gauges: Of this process.
+
+        Raises:
+            sqlite3.Error: The file cannot be used now; nothing was added.
+            OSError: The file cannot be opened.
+            StateUnavailable: Its folder is not ours alone.
+        """
+        try:
+            self._visit(new, folded, gauges)
+        except sqlite3.DatabaseError as error:
+            self.close()
+            # Exactly that class: "file is not a database", "disk image is malformed".
+            if type(error) is sqlite3.DatabaseError:
+                with suppress(OSError):
+                    self._path.unlink()
+            raise
+
+    def _visit(self, new: Mapping[Key, Numbers], folded: Mapping[str, int], gauges: Gauges) -> None:
+        connection, remembered = self._open()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            theirs = self._read_changes(connection)
+            base = {**self.merged, **theirs}
+            if remembered:
+                base = {key: _larger(self.merged.get(key), theirs.get(key)) for key in base}
+            written = base if remembered else new
+            sums = {key: _sum(base.get(key), new.get(key)) for key in {**written, **new}}
+            (change,) = connection.execute("SELECT number FROM change").fetchone()
+            connection.executemany(
+                "INSERT OR REPLACE INTO series VALUES (?, ?, ?, ?)",
+                [
+                    (family, _to_json(labels).decode(), _to_json(sums[family, labels]).decode(),
+                     change + 1)
+                    for family, labels in sums
+                ],
+            )  # fmt: skip
+            connection.executemany("INSERT OR REPLACE INTO journal VALUES (?, ?)", folded.items())
+            connection.execute(
+                "INSERT OR REPLACE INTO worker VALUES (?, ?, ?)",
+                (self._pid, started(self._pid), _to_json(gauges).decode()),
+            )
+            workers = self._read_workers(connection)
+            connection.execute("UPDATE change SET number = ?", (change + 1,))
+            connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+        self.merged.update(base)
+        self.merged.update(sums)
+        self.workers = workers
+        self._seen = change + 1
+
+    def folded(self, journal: str) -> int | None:
+        """Return the number of the last fold of a journal that is in the sums; None if not known.
+
+        Raises:
+            sqlite3.Error: The file cannot be read now.
+            OSError: The file cannot be opened.
+        """
+        connection, _ = self._open()
+        row = connection.execute("SELECT folded FROM journal WHERE id = ?", (journal,)).fetchone()
+        return None if row is None else int(row[0])
+
+    def forget(self, journals: Iterable[str]) -> None:
+        """Forget journals that are gone; it does no harm to remember them."""
+        with suppress(sqlite3.Error, OSError, StateUnavailable):
+            connection, _ = self._open()
+            connection.executemany(
+                "DELETE FROM journal WHERE id = ?", [(journal,) for journal in journals]
+            )
+
+    def leave(self) -> None:
+        """Take this process' gauges out and close the file."""
+        with suppress(sqlite3.Error, OSError, StateUnavailable):
+            connection, _ = self._open()
+            connection.execute("DELETE FROM worker WHERE pid = ?", (self._pid,))
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    # ------------------------------------------------------------------------ the file
+
+    def _open(self) -> tuple[sqlite3.Connection, bool]:
+        """Return the connection, and whether the file has to be told what we remember."""
+        if self._descriptor is not None and not is_still(self._path, self._descriptor):
+            self.close()
+        if self._connection is not None:
+            return self._connection, False
+        make_private(self._path.parent)  # again, if somebody removed it
+        # SQLite would make the file for everybody to read, and follow a link.
+        self._descriptor = open_private(self._path)
+        connection = sqlite3.connect(
+            self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            _retry_locked(connection, "PRAGMA journal_mode=WAL")
+            # The totals need not survive a crash of the machine: the counters begin anew then.
+            connection.execute("PRAGMA synchronous=OFF")
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in _SCHEMA:
+                connection.execute(statement)
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        self._seen = 0
+        return connection, bool(self.merged)
+
+    def _read_changes(self, connection: sqlite3.Connection) -> dict[Key, Numbers]:
+        rows = connection.execute(
+            "SELECT family, labels, numbers FROM series WHERE changed > ?", (self._seen,)
+        )
+        return {(family, _labels(labels)): _numbers(numbers) for family, labels, numbers in rows}
+
+    def _read_workers(self, connection: sqlite3.Connection) -> dict[int, Gauges]:
+        workers: dict[int, Gauges] = {}
+        dead = []
+        for pid, since, gauges in connection.execute("SELECT * FROM worker").fetchall():
+            if is_alive(pid, since):
+                workers[pid] = msgspec.json.decode(gauges, type=Gauges)
+            else:
+                dead.append((pid,))
+        connection.executemany("DELETE FROM worker WHERE pid = ?", dead)
+        return workers
+
+
+def _sum(one: Numbers | None, other: Numbers | None) -> Numbers:
+    if one is None or other is None:
+        return one or other or []
+    return [a + b for a, b in zip(one, other, strict=True)]
+
+
+def _larger(one: Numbers | None, other: Numbers | None) -> Numbers:
+    if one is None or other is None:
+        return one or other or []
+    return [max(a, b) for a, b in zip(one, other, strict=True)]
+
+
+def _retry_locked(connection: sqlite3.Connection, statement: str) -> None:
+    # The switch to WAL does not wait for locks by itself.
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute(statement)
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
