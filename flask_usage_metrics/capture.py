@@ -293,11 +293,7 @@ class Exchange:
             return False
         learned = self._request or environ.get("werkzeug.request")
         rule = learned.url_rule if isinstance(learned, Request) else None
-        endpoint = None if rule is None else rule.endpoint
-        tracked = self._capture.scope.decided.get(endpoint)
-        if tracked is None:
-            tracked = self._capture.scope.tracks(endpoint, _path(environ))
-        return tracked
+        return self._capture.scope.tracks(None if rule is None else rule.endpoint, environ)
 
     def fail(self, error: BaseException) -> None:
         """End the exchange with an exception that reaches the server, which answers 500."""
@@ -314,9 +310,11 @@ class Exchange:
         duration_ns = perf_counter_ns() - self._clock
         capture = self._capture
         try:
-            if self._request is None:
-                self._request = capture.match(environ)
-            if self.is_tracked():
+            learned = self._request
+            if learned is None:
+                learned = self._request = capture.match(environ)
+            rule = None if learned is None else learned.url_rule
+            if capture.scope.tracks(None if rule is None else rule.endpoint, environ):
                 capture.submit(self._observe(environ, duration_ns))
         except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
             capture.faults.report("capture", error, "a request was not counted")
@@ -391,13 +389,6 @@ def _is_file(body: Iterable[bytes], environ: WSGIEnvironment) -> bool:
         return True
     # uWSGI's wrapper is a function that returns the file object it was given.
     return wrapper is not None and hasattr(body, "read")
-
-
-def _path(environ: WSGIEnvironment) -> str:
-    path: str = environ.get("PATH_INFO", "")
-    if path.isascii():
-        return path
-    return path.encode("latin-1", "replace").decode("utf-8", "replace")
 
 
 @lru_cache(1024)

@@ -77,15 +77,14 @@ class Journal:
         When this returns True the process may be killed: the observation is in the file, unless
         there is none or it is full.
         """
-        file = self.file
-        payload = None if file is None else _payload(observation)
+        payload = None if self.file is None else _payload(observation)
         with self._lock:
             if len(self._waiting) >= self._capacity:
                 return False
-            self._sequence += 1
-            if file is not None and payload is not None:
-                file.append(self._sequence, payload)
-            self._waiting.append((self._sequence, observation))
+            self._sequence = sequence = self._sequence + 1
+            if payload is not None and self.file is not None:
+                self.file.append(sequence, payload)
+            self._waiting.append((sequence, observation))
         return True
 
     def take(self, at_most: int) -> list[Entry]:
@@ -201,24 +200,24 @@ class JournalFile:
 
     def append(self, sequence: int, payload: bytes) -> bool:
         """Write a frame; return False, and write nothing, when there is no room."""
-        length = _FRAME.size + len(payload) + 7 & ~7
+        frame = _FRAME.pack(len(payload), crc32(payload), sequence, 0, 0) + payload
+        length = len(frame) + 7 & ~7
         start = self._head
         place = start % self._size
-        if self._size - place < length:  # frames do not go round the end
+        if place + length > self._size:  # frames do not go round the end
             start += self._size - place
-            if start + length - self._tail > self._size:
-                return False
-            _U32.pack_into(self._map, _HEADER_BYTES + place, _SKIP)
+            if start + length - self._tail <= self._size:
+                _U32.pack_into(self._map, _HEADER_BYTES + place, _SKIP)
             place = 0
-        elif start + length - self._tail > self._size:
+        end = start + length
+        if end - self._tail > self._size:
             return False
         at = _HEADER_BYTES + place
-        _FRAME.pack_into(self._map, at, len(payload), crc32(payload), sequence, 0, 0)
-        self._map[at + _FRAME.size : at + _FRAME.size + len(payload)] = payload
-        self._frames[sequence] = (at, start + length)
-        self._head = start + length
+        self._map[at : at + len(frame)] = frame
+        self._frames[sequence] = (at, end)
+        self._head = end
         # Last: a process that is killed before leaves nothing, instead of half a frame.
-        _U64.pack_into(self._map, _HEAD, self._head)
+        _U64.pack_into(self._map, _HEAD, end)
         return True
 
     def mark(self, sequences: Iterable[int], number: int) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from flask import Blueprint, Flask
 
 from flask_usage_metrics.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 
 class Marks:
@@ -100,9 +103,6 @@ class Scope:
         excluded: What was excluded; wins over `included`.
         never: Patterns that are excluded by configuration; they win over `included` too.
         own: Endpoints of this package, never tracked.
-
-    Attributes:
-        decided: What was decided for each endpoint; empty as long as it depends on the path.
     """
 
     def __init__(
@@ -121,25 +121,27 @@ class Scope:
         self._excluded = excluded
         self._never = Marks(never)
         self._own = frozenset(own)
-        self.decided: dict[str | None, bool] = {}
+        self._decided: dict[str | None, bool] = {}
         for marks in (included, excluded):
             marks.scopes.add(self)
 
-    def tracks(self, endpoint: str | None, path: str) -> bool:
+    def tracks(self, endpoint: str | None, environ: WSGIEnvironment) -> bool:
         """Tell whether a request is tracked.
 
         Args:
             endpoint: Flask's endpoint; None when no route matched.
-            path: Path below the app's root, decoded.
+            environ: Of the request, for its path below the app's root.
         """
-        tracked = self._decide(endpoint, path)
-        if not any(marks.by_path for marks in (self._included, self._excluded, self._never)):
-            self.decided[endpoint] = tracked
+        tracked = self._decided.get(endpoint)
+        if tracked is None:
+            tracked = self._decide(endpoint, _path(environ))
+            if not any(marks.by_path for marks in (self._included, self._excluded, self._never)):
+                self._decided[endpoint] = tracked
         return tracked
 
     def forget(self) -> None:
         """Decide again: a mark was added."""
-        self.decided = {}
+        self._decided = {}
 
     def _decide(self, endpoint: str | None, path: str) -> bool:
         if endpoint in self._own or any(
@@ -170,3 +172,10 @@ def _blueprint_names(endpoint: str) -> list[str]:
     """Return the full names of the blueprints around an endpoint: a.b.view -> [a, a.b]."""
     parts = endpoint.split(".")[:-1]
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def _path(environ: WSGIEnvironment) -> str:
+    path: str = environ.get("PATH_INFO", "")
+    if path.isascii():
+        return path
+    return path.encode("latin-1", "replace").decode("utf-8", "replace")

@@ -88,7 +88,12 @@ def track_usage(app: Flask, storage: object, **settings: object) -> Any:
 
     from flask_usage_metrics import TrackUsage
 
-    app.config.from_mapping(TRACK_USAGE_FLUSH_SECONDS=NEVER_SECONDS, **settings)
+    # A folder of its own: what one run leaves, the next of the same app would take up.
+    app.config.from_mapping(
+        TRACK_USAGE_FLUSH_SECONDS=NEVER_SECONDS,
+        TRACK_USAGE_STATE_DIR=tempfile.mkdtemp(),
+        **settings,
+    )
     return TrackUsage(app, storage, registry=CollectorRegistry())
 
 
