@@ -43,8 +43,9 @@ class Capture:
     Args:
         app: The app whose ``wsgi_app`` is wrapped.
         scope: Which requests are tracked.
-        begin: Called with ``wsgi.multiprocess`` before the first request of the process; returns
-            what to call at the beginning of each request, or None.
+        begin: Called before the first request of the process, with ``wsgi.multiprocess`` and with
+            whether the process ends after it; returns what to call at the beginning of each
+            request, or None.
         submit: Takes the observation; called in the request's thread when its last byte is handed
             to the server.
         lose: Called instead where none could be made.
@@ -59,7 +60,7 @@ class Capture:
         app: Flask,
         *,
         scope: Scope,
-        begin: Callable[[bool], Callable[[], None] | None],
+        begin: Callable[[bool, bool], Callable[[], None] | None],
         submit: Callable[[Observation], None],
         lose: Callable[[], None],
         username: Callable[[], object] | None,
@@ -116,11 +117,16 @@ class Capture:
         self._notice = None
 
     def _get_ready(self, environ: WSGIEnvironment) -> None:
-        self._has_begun = True
+        multiprocess = bool(environ.get("wsgi.multiprocess"))
+        # Werkzeug's server with processes=3 forks for each request, and ends the child without
+        # further ado.
+        software = str(environ.get("SERVER_SOFTWARE", ""))
         try:
-            self._notice = self._begin(bool(environ.get("wsgi.multiprocess")))
+            self._notice = self._begin(multiprocess, multiprocess and software[:9] == "Werkzeug/")
         except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
             self.faults.report("state", error, "what is captured does not survive a kill")
+        # Last: requests beside the very first one wait until there is a journal for them.
+        self._has_begun = True
 
     def match(self, environ: WSGIEnvironment) -> Request | None:
         """Route a request again that ended before anything could be learned of it."""

@@ -133,9 +133,10 @@ class JournalFile:
         self.origin = origin
         self._path = path
         self._descriptor = descriptor
-        self._close = finalize(self, os.close, descriptor)
         self._size = size
         self._map = mmap.mmap(descriptor, _HEADER_BYTES + size)
+        self._close = finalize(self, os.close, descriptor)
+        self._close.atexit = False  # the pipeline ends later, by an exit handler of its own
         self._tail: int = _U64.unpack_from(self._map, _TAIL)[0]
         self._head: int = _U64.unpack_from(self._map, _HEAD)[0]
         # For each frame that is not released: where it is, and where the next may begin.
@@ -160,11 +161,11 @@ class JournalFile:
             if len(header) > _HEADER_BYTES:
                 raise OSError("too many country headers")
             os.pwrite(descriptor, header, 0)
+            return cls(path, descriptor, origin, size)
         except BaseException:
             os.close(descriptor)
             path.unlink()
             raise
-        return cls(path, descriptor, origin, size)
 
     @classmethod
     def adopt(cls, path: Path, app: str) -> JournalFile | None:
@@ -173,7 +174,7 @@ class JournalFile:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             return None
-        with suppress(OSError, ValueError, struct.error, msgspec.DecodeError):
+        with suppress(OSError, ValueError, RecursionError, struct.error, msgspec.DecodeError):
             header = os.pread(descriptor, _HEADER_BYTES, 0)
             magic, size, _, _, _, length = _HEADER.unpack_from(header)
             meta = header[_HEADER.size : _HEADER.size + length]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -109,7 +110,8 @@ class Pipeline:
         self._folding = 0
         self._dropped = self._lost = 0
         self._has_begun = False
-        self._is_shared = False
+        self._is_shared = self._ends = False
+        self._has_threads = True
         self._awake = False
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -136,11 +138,12 @@ class Pipeline:
 
     # ------------------------------------------------------------------------ in the request
 
-    def begin(self, multiprocess: bool) -> Callable[[], None] | None:
+    def begin(self, multiprocess: bool, ends: bool) -> Callable[[], None] | None:
         """Get ready for the first request of the process.
 
         Args:
             multiprocess: Whether the server has other processes for the same app.
+            ends: Whether the process ends after this request, without running exit handlers.
 
         Returns:
             What is to be called at the beginning of each request, if anything.
@@ -148,12 +151,15 @@ class Pipeline:
         with self._short:
             if not self._has_begun:
                 self._has_begun = True
-                self._is_shared = multiprocess
+                self._is_shared, self._ends = multiprocess, ends
+                # Older uWSGI without --enable-threads runs threads only while a request runs: one
+                # that is stopped in between may hold the lock of a file for minutes.
+                self._has_threads = bool(getattr(sys.modules.get("uwsgi"), "has_threads", True))
                 file = self._membership.begin(self._enricher.origin, multiprocess=multiprocess)
                 self._own.file = self._journal.file = file
                 for sink in self._sinks:
                     sink.attach(self._membership.spool(sink.name))
-        return self._notice if multiprocess else None
+        return self._notice if multiprocess and self._has_threads and not ends else None
 
     def _notice(self) -> None:
         """Let the siblings know, within half a second, that a request is being answered."""
@@ -162,8 +168,16 @@ class Pipeline:
 
     def submit(self, observation: Observation) -> None:
         """Take an observation; returns at once, unless delivery is inline."""
+        if not self._has_begun:  # it was closed
+            self.begin(self._is_shared, self._ends)
         if not self._journal.append(observation):
             self._drop()
+        if self._ends:
+            self.close(_INLINE_SECONDS)
+            return
+        if not self._has_threads:
+            self.flush(_INLINE_SECONDS)
+            return
         # Order matters: the worker clears the flag first and looks into the journal after that.
         if not self._awake:
             self._rouse()
@@ -240,10 +254,9 @@ class Pipeline:
             self._fold(grace)
 
     def _fold(self, grace: float) -> None:
+        adopted = list(self._adopt())
         waiting, self._unlocated = self._unlocated, []
-        for item in self._adopt():
-            waiting.append(item)
-        self._fold_items(waiting)
+        self._fold_items([*waiting, *adopted])
         for _ in range(len(self._journal) // _CHUNK + 1):
             taken = self._journal.take(_CHUNK)
             self._fold_items([Item(self._own, number, seen, False) for number, seen in taken])
@@ -258,23 +271,28 @@ class Pipeline:
         """Yield what dead siblings captured and did not see settled."""
         for file in self._membership.leftovers():
             folded = self._totals.folded(file)
+            if folded is None:
+                file.close(remove=False)
+                continue
             stream = Stream(file.origin, file, folded)
             self._adopted.append(stream)
             for sequence, fold, seen in file.entries():
-                stream.last = sequence
+                if fold > folded:  # else a later fold of that number would seem to be its own
+                    file.mark([sequence], 0)
                 yield Item(stream, sequence, seen, 0 < fold <= folded)
             # Also a journal in which nothing is left has to be seen off.
             self._unsettled.append((self._put, stream, stream.last, folded))
 
     def _fold_items(self, items: Sequence[Item]) -> None:
         for start in range(0, len(items), _CHUNK):
-            self._fold_chunk(items[start : start + _CHUNK])
+            self._fold_chunk(items[start : start + _CHUNK], items[start + _CHUNK :])
 
-    def _fold_chunk(self, items: Sequence[Item]) -> None:
+    def _fold_chunk(self, items: Sequence[Item], rest: Sequence[Item]) -> None:
         self._folding = len(items)
         records: list[UsageRecord] = []
         to_count: list[UsageRecord] = []
         decided: dict[Stream, list[int]] = {}
+        uncounted: dict[Stream, list[int]] = {}
         failed = 0
         for item in items:
             try:
@@ -290,31 +308,39 @@ class Pipeline:
                 if not item.is_counted:
                     to_count.append(record)
             decided.setdefault(item.stream, []).append(item.sequence)
-        self._mark(decided)
+            if not item.is_counted:
+                uncounted.setdefault(item.stream, []).append(item.sequence)
+        self._mark(uncounted)
         with self._short:
             dropped, self._dropped = self._dropped, 0
             failed, self._lost = failed + self._lost, 0
-        self._totals.add(to_count, {s.file: s.fold for s in decided if s.file is not None})
+        self._totals.add(to_count, {s.file: s.fold for s in uncounted if s.file is not None})
         self._account.add(written=len(to_count), dropped=dropped, failed=failed)
         for sink in self._sinks:
             sink.put(records, dropped=dropped, failed=failed)
         self._put += len(records)
-        self._await_settling(decided)
+        self._await_settling(decided, rest)
         self._folding = 0
 
-    def _mark(self, decided: dict[Stream, list[int]]) -> None:
-        """Note in each journal which of its observations the fold that follows will count."""
-        for stream, sequences in decided.items():
+    def _mark(self, uncounted: dict[Stream, list[int]]) -> None:
+        """Note in each journal which of its observations the fold that follows will count.
+
+        Those that are counted keep their number: until this fold is committed, a new one would
+        make them seem uncounted.
+        """
+        for stream, sequences in uncounted.items():
             if stream.file is not None:
                 stream.fold += 1
                 stream.file.mark(sequences, stream.fold)
-                stream.last = max(stream.last, *sequences)
 
-    def _await_settling(self, decided: dict[Stream, list[int]]) -> None:
-        for stream in decided:
+    def _await_settling(self, decided: dict[Stream, list[int]], rest: Sequence[Item]) -> None:
+        for stream, sequences in decided.items():
             if stream.file is not None:
+                stream.last = max(stream.last, *sequences)
                 # What waits for its country holds the room of those behind it as well.
-                first = [item.sequence for item in self._unlocated if item.stream is stream]
+                first = [
+                    item.sequence for item in (*self._unlocated, *rest) if item.stream is stream
+                ]
                 through = min(first) - 1 if first else stream.last
                 self._unsettled.append((self._put, stream, through, stream.fold))
 
@@ -399,6 +425,7 @@ class Pipeline:
                     stream.file.close(remove=False)
             self._adopted.clear()
             self._unsettled.clear()
+            self._own.file = None
             self._totals.close()
             self._membership.end()
         self._locator.close()

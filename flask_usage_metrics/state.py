@@ -103,6 +103,7 @@ class Generation:
             except FileNotFoundError:  # somebody took the generation for dead and removed it
                 continue
             close = finalize(self, os.close, descriptor)
+            close.atexit = False  # the pipeline ends later, by an exit handler of its own
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if is_still(self.folder / LOCK, descriptor):
                 os.pwrite(descriptor, f"{self._starter} {started(self._starter)}\n".encode(), 0)
@@ -201,12 +202,16 @@ def process_key() -> str:
 
 
 def started(pid: int) -> str:
-    """Return when a process started, in clock ticks since boot (proc(5)); ``""`` if not known."""
+    """Return when a process started, in clock ticks since boot (proc(5)).
+
+    Returns:
+        ``""`` if not known, or if the process has ended and nobody has asked how.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return fields[19]
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def is_alive(pid: int, since: str) -> bool:

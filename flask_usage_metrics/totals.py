@@ -251,14 +251,21 @@ class Totals:
         with self._lock:
             self._exchange()
 
-    def folded(self, journal: JournalFile) -> int:
-        """Return the number of the last fold of an adopted journal that was counted."""
+    def folded(self, journal: JournalFile) -> int | None:
+        """Return the number of the last fold of an adopted journal that was counted.
+
+        Returns:
+            None if the siblings' file cannot be asked now: what is in the journal must wait.
+        """
         number = None
         with self._lock:
             if self._file is not None:
-                with suppress(sqlite3.Error, OSError, StateUnavailable):
+                try:
                     number = self._file.folded(journal.id)
-        if number is None:
+                except (sqlite3.Error, OSError, StateUnavailable) as error:
+                    self._complain(error)
+                    return None
+        if number is None:  # of another generation, or of a process that was alone
             return journal.committed
         journal.committed = number
         return number
@@ -299,22 +306,25 @@ class Totals:
         try:
             self._file.visit(new, folded, self._gauges(list(self._sources)))
         except (sqlite3.Error, OSError, StateUnavailable) as error:
-            self._is_shared = False
-            if self._faults:
-                self._faults[0].report("totals", error, "workers are added together later")
+            self._complain(error)
             return
         self._is_shared = True
         for table in self._tables.values():
             table.new.clear()
         self._commit()
         for name, values in self._file.merged:
-            table = self._tables[name]
-            if values not in table.labels:
-                table.learn(values)
+            known = self._tables.get(name)  # None: of a sibling that is newer
+            if known is not None and values not in known.labels:
+                known.learn(values)
+
+    def _complain(self, error: Exception) -> None:
+        self._is_shared = False
+        if self._faults:
+            self._faults[0].report("totals", error, "workers are added together later")
 
     def _commit(self) -> None:
         for journal, number in self._folded.items():
-            with suppress(ValueError):  # it was closed meanwhile
+            with suppress(ValueError, TypeError):  # it was closed meanwhile
                 journal.committed = number
         self._folded.clear()
 

@@ -62,9 +62,10 @@ class TotalsFile:
 
     One visit is one transaction: it reads what the others changed and writes what is new. A worker
     that dies takes nothing away, and nothing grows with the number of workers there ever were.
-    Should the file vanish or be damaged, the siblings make a new one of what they remember: since
-    each visit reads all changes first, the last visitor knows everything, and the larger number of
-    two is the right one.
+    Should the file vanish or be damaged, the siblings make a new one of what they remember, taking
+    the larger of two numbers: each visit reads all changes first, so the last visitor knows
+    everything. Nothing falls; what others counted since the last visit of the first who notices
+    may be missing, a few requests.
 
     Args:
         path: The file.
@@ -81,6 +82,7 @@ class TotalsFile:
         self._connection: sqlite3.Connection | None = None
         self._descriptor: int | None = None
         self._seen = 0
+        self._is_new = False
         self._pid = os.getpid()
 
     def visit(self, new: Mapping[Key, Numbers], folded: Mapping[str, int], gauges: Gauges) -> None:
@@ -107,7 +109,8 @@ class TotalsFile:
             raise
 
     def _visit(self, new: Mapping[Key, Numbers], folded: Mapping[str, int], gauges: Gauges) -> None:
-        connection, remembered = self._open()
+        connection = self._open()
+        remembered = self._is_new and bool(self.merged)
         connection.execute("BEGIN IMMEDIATE")
         try:
             theirs = self._read_changes(connection)
@@ -141,6 +144,7 @@ class TotalsFile:
         self.merged.update(sums)
         self.workers = workers
         self._seen = change + 1
+        self._is_new = False
 
     def folded(self, journal: str) -> int | None:
         """Return the number of the last fold of a journal that is in the sums; None if not known.
@@ -149,14 +153,14 @@ class TotalsFile:
             sqlite3.Error: The file cannot be read now.
             OSError: The file cannot be opened.
         """
-        connection, _ = self._open()
+        connection = self._open()
         row = connection.execute("SELECT folded FROM journal WHERE id = ?", (journal,)).fetchone()
         return None if row is None else int(row[0])
 
     def forget(self, journals: Iterable[str]) -> None:
         """Forget journals that are gone; it does no harm to remember them."""
         with suppress(sqlite3.Error, OSError, StateUnavailable):
-            connection, _ = self._open()
+            connection = self._open()
             connection.executemany(
                 "DELETE FROM journal WHERE id = ?", [(journal,) for journal in journals]
             )
@@ -164,7 +168,7 @@ class TotalsFile:
     def leave(self) -> None:
         """Take this process' gauges out and close the file."""
         with suppress(sqlite3.Error, OSError, StateUnavailable):
-            connection, _ = self._open()
+            connection = self._open()
             connection.execute("DELETE FROM worker WHERE pid = ?", (self._pid,))
         self.close()
 
@@ -179,12 +183,18 @@ class TotalsFile:
 
     # ------------------------------------------------------------------------ the file
 
-    def _open(self) -> tuple[sqlite3.Connection, bool]:
-        """Return the connection, and whether the file has to be told what we remember."""
-        if self._descriptor is not None and not is_still(self._path, self._descriptor):
-            self.close()
+    def _open(self) -> sqlite3.Connection:
+        """Return the connection."""
+        if self._descriptor is not None:
+            if not is_still(self._path, self._descriptor):
+                self.close()
+            elif self._connection is not None and not os.fstat(self._descriptor).st_size:
+                # Emptied: we could go on with its WAL, but nobody else could open it.
+                with suppress(OSError):
+                    self._path.unlink()
+                self.close()
         if self._connection is not None:
-            return self._connection, False
+            return self._connection
         make_private(self._path.parent)  # again, if somebody removed it
         # SQLite would make the file for everybody to read, and follow a link.
         self._descriptor = open_private(self._path)
@@ -201,10 +211,13 @@ class TotalsFile:
             connection.execute("COMMIT")
         except BaseException:
             connection.close()
+            os.close(self._descriptor)
+            self._descriptor = None
             raise
         self._connection = connection
         self._seen = 0
-        return connection, bool(self.merged)
+        self._is_new = True
+        return connection
 
     def _read_changes(self, connection: sqlite3.Connection) -> dict[Key, Numbers]:
         rows = connection.execute(

@@ -1,0 +1,286 @@
+"""Siblings' totals in one file: exact under any visits, and mended when it is damaged."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+
+from flask_usage_metrics.totals_file import Gauges, Key, Numbers, TotalsFile
+
+GAUGES = Gauges(0, {}, {}, True)
+A: Key = ("requests", ("GET", "a"))
+B: Key = ("requests", ("GET", "b"))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    folder = tmp_path / "g"
+    folder.mkdir(mode=0o700)
+    return folder / "totals.sqlite3"
+
+
+def add(file: TotalsFile, **counts: int) -> None:
+    file.visit({("requests", ("GET", name)): [n] for name, n in counts.items()}, {}, GAUGES)
+
+
+def look(file: TotalsFile) -> dict[str, float]:
+    file.visit({}, {}, GAUGES)
+    return {labels[1]: numbers[0] for (_, labels), numbers in file.merged.items()}
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def break_it(path: Path, how: str) -> None:
+    if how == "removed":
+        path.unlink()
+    elif how == "folder-removed":
+        shutil.rmtree(path.parent)
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "garbage":
+        path.write_bytes(b"garbage" * 5000)
+    elif how == "half":
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "replaced":
+        other = path.with_name("other")
+        other.write_bytes(b"")
+        other.replace(path)
+
+
+def insist(files: list[TotalsFile], new: dict[Key, Numbers]) -> None:
+    """Offer until all have taken it; in turns, as workers do: one may wait for another to close."""
+    waiting = list(files)
+    for _ in range(5):
+        for file in list(waiting):
+            with suppress(sqlite3.Error):
+                file.visit(new, {}, GAUGES)
+                waiting.remove(file)
+        if not waiting:
+            return
+    raise AssertionError("not taken")
+
+
+def test_each_sees_the_sum_of_all_and_only_what_changed_is_written(path: Path) -> None:
+    files = [TotalsFile(path) for _ in range(3)]
+    for number, file in enumerate(files):
+        add(file, a=1, **{"bcd"[number]: 10})
+    for file in files:
+        assert look(file) == {"a": 3, "b": 10, "c": 10, "d": 10}
+    with closing(sqlite3.connect(path)) as reader:
+        rows = reader.execute("SELECT labels, changed FROM series").fetchall()
+    assert {json.loads(labels)[1]: changed for labels, changed in rows} == {
+        "a": 3,
+        "b": 1,
+        "c": 2,
+        "d": 3,
+    }
+    for file in files:
+        file.close()
+
+
+def test_sums_are_exact_under_concurrent_visits(path: Path) -> None:
+    names = "abcdefgh"
+    expected: Counter[str] = Counter()
+    lock = threading.Lock()
+    fallen = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        file = TotalsFile(path)
+        last: dict[Key, Numbers] = {}
+        for _ in range(60):
+            counts = {rng.choice(names): rng.randrange(1, 9) for _ in range(rng.randrange(4))}
+            new: dict[Key, Numbers] = {("requests", ("GET", n)): [c] for n, c in counts.items()}
+            while True:
+                try:
+                    file.visit(new, {}, GAUGES)
+                    break
+                except sqlite3.OperationalError:
+                    continue
+            with lock:
+                expected.update(counts)
+            fallen.extend(key for key, was in last.items() if file.merged[key] < was)
+            last = dict(file.merged)
+        file.close()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not fallen
+    file = TotalsFile(path)
+    assert look(file) == expected
+    file.close()
+
+
+def test_sums_are_exact_among_processes_that_are_killed(path: Path) -> None:
+    script = """
+import sqlite3, sys, time
+from pathlib import Path
+from flask_usage_metrics.totals_file import Gauges, TotalsFile
+file = TotalsFile(Path(sys.argv[1]))
+number = 0
+while True:
+    try:
+        number += 1
+        file.visit({("requests", ("GET", sys.argv[2])): [1]}, {sys.argv[2]: number},
+                   Gauges(1, {}, {}, True))
+    except sqlite3.OperationalError:
+        number -= 1
+    time.sleep(0.002)
+"""
+    children = [
+        subprocess.Popen([sys.executable, "-c", script, path, name]) for name in ("a", "b", "c")
+    ]
+    file = TotalsFile(path)
+    deadline = time.monotonic() + 10
+    while len(file.merged) < 3 or len(file.workers) < 4:
+        assert time.monotonic() < deadline
+        with suppress(sqlite3.OperationalError):  # the others leave hardly a gap
+            file.visit({}, {}, GAUGES)
+    assert {pid for pid, gauges in file.workers.items() if gauges.in_progress} == {
+        child.pid for child in children
+    }
+    for child in children:
+        with child:
+            time.sleep(0.1)
+            child.kill()
+    sums = look(file)
+    assert len(file.workers) == 1  # the gauges of the dead are gone
+    # The number of the fold and the sums are of one transaction.
+    assert sums == {name: file.folded(name) for name in "abc"}
+    file.forget(["a"])
+    assert [file.folded(name) is None for name in "abc"] == [True, False, False]
+    file.leave()
+
+
+HOWS = ["removed", "folder-removed", "emptied", "garbage", "half", "replaced"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_damage_loses_nothing_that_somebody_saw(path: Path, how: str) -> None:
+    files = [TotalsFile(path) for _ in range(3)]
+    for file in files:
+        add(file, a=5, b=1)
+    for file in files:
+        assert look(file) == {"a": 15, "b": 3}
+    break_it(path, how)
+    insist(files, {A: [1]})
+    for file in files:
+        assert file.merged[A][0] >= 16
+        assert file.merged[B] == [3]
+    for file in files:
+        assert look(file) == {"a": 18, "b": 3}
+    newcomer = TotalsFile(path)
+    assert look(newcomer) == {"a": 18, "b": 3}
+    for file in [*files, newcomer]:
+        file.close()
+
+
+@pytest.mark.parametrize("how", ["removed", "garbage", "emptied"])
+def test_damage_at_any_moment_makes_no_value_fall(path: Path, how: str) -> None:
+    rng = random.Random(how)
+    files = [TotalsFile(path) for _ in range(3)]
+    seen = [0.0] * 3
+    for step in range(150):
+        if step % 25 == 24:
+            break_it(path, how)
+            insist(files, {})
+        who = rng.randrange(3)
+        insist([files[who]], {A: [1]})
+        assert files[who].merged[A][0] > seen[who]
+        seen[who] = files[who].merged[A][0]
+    for file in files:
+        file.close()
+
+
+@pytest.mark.parametrize("first", ["folded", "forget", "leave"])
+def test_who_first_asks_a_new_file_something_still_tells_what_it_knows(
+    path: Path, first: str
+) -> None:
+    one = TotalsFile(path)
+    add(one, a=100, b=7)
+    break_it(path, "removed")
+    if first == "folded":
+        assert one.folded("journal") is None
+    elif first == "forget":
+        one.forget(["journal"])
+    else:
+        one.leave()
+    two = TotalsFile(path)
+    add(two, a=1)  # it never saw the old file
+    add(one, b=1)
+    assert one.merged[A][0] >= 100
+    assert look(one)["b"] == 8
+    assert look(two) == look(one)
+    one.close()
+    two.close()
+
+
+def test_a_locked_file_raises_within_about_a_second_and_adds_nothing(path: Path) -> None:
+    file, fresh = TotalsFile(path), TotalsFile(path)
+    add(file, a=1)
+    before = descriptors()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        other.execute("UPDATE change SET number = number")
+        for who in (file, fresh):
+            start = time.monotonic()
+            with pytest.raises(sqlite3.OperationalError):
+                who.visit({A: [10]}, {"j": 1}, GAUGES)
+            assert time.monotonic() - start < 1.6
+        other.execute("ROLLBACK")
+    assert path.exists()
+    file.visit({A: [10]}, {"j": 1}, GAUGES)
+    fresh.visit({A: [100]}, {}, GAUGES)
+    assert look(file) == look(fresh) == {"a": 111}
+    assert file.folded("j") == 1
+    file.close()
+    fresh.close()
+    assert descriptors() < before
+
+
+def test_a_locked_file_keeps_no_descriptor(path: Path) -> None:
+    add(file := TotalsFile(path), a=1)
+    file.close()
+    before = descriptors()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        other.execute("UPDATE change SET number = number")
+        for _ in range(2):
+            with pytest.raises(sqlite3.OperationalError):
+                file.folded("j")
+        other.execute("ROLLBACK")
+    file.close()
+    assert descriptors() == before
+
+
+def test_the_gauges_of_who_leaves_go_with_it(path: Path) -> None:
+    file = TotalsFile(path)
+    add(file, a=1)
+    assert len(file.workers) == 1
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("INSERT INTO worker SELECT 1, '5', gauges FROM worker")
+        other.execute("INSERT INTO worker SELECT 999999999, '', gauges FROM worker LIMIT 1")
+        other.commit()
+    add(file, a=1)
+    assert len(file.workers) == 1
+    file.leave()
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT * FROM worker").fetchall() == []
+        assert other.execute("SELECT numbers FROM series").fetchall() == [("[2]",)]
