@@ -398,7 +398,7 @@ def test_a_fork_while_our_locks_are_held_hangs_no_child() -> None:
         for thread in threads:
             thread.start()
         bad = 0
-        for _ in range(30):
+        for _ in range(100):
             pid = os.fork()
             if not pid:
                 import signal
