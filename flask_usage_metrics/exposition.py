@@ -17,7 +17,8 @@ from werkzeug.http import parse_accept_header, parse_options_header
 from flask_usage_metrics.collector import UsageCollector, number
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.metrics import Family
-from flask_usage_metrics.multiprocess import merged_registry, multiprocess_files
+from flask_usage_metrics.multiprocess import merged_registry
+from flask_usage_metrics.multiprocess_files import multiprocess_files
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

@@ -18,6 +18,9 @@ from flask_usage_metrics.query import BUCKETS
 
 PREFIX = "TRACK_USAGE_"
 
+_LEAST_SPOOL_BYTES = 1024 * 1024
+"""With less, what is dropped at a time would be most of what waits."""
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration of one app.
@@ -190,6 +193,13 @@ def _positive_int(given: Any) -> int:
     return value
 
 
+def _spool_bytes(given: Any) -> int:
+    value = _positive_int(given)
+    if value < _LEAST_SPOOL_BYTES:
+        raise ValueError
+    return value
+
+
 def _positive_number(given: Any) -> float:
     if isinstance(given, bool):
         raise TypeError
@@ -262,7 +272,9 @@ KEYS: dict[str, Key] = {
     "TRACK_USAGE_BUFFER_RECORDS": Key(10_000, "a positive int", _positive_int),
     "TRACK_USAGE_FLUSH_SECONDS": Key(0.5, "a positive number of seconds", _positive_number),
     "TRACK_USAGE_STATE_DIR": Key(None, "a path or None", _folder),
-    "TRACK_USAGE_SPOOL_BYTES": Key(256 * 1024 * 1024, "a positive int", _positive_int),
+    "TRACK_USAGE_SPOOL_BYTES": Key(
+        256 * 1024 * 1024, f"an int of at least {_LEAST_SPOOL_BYTES}", _spool_bytes
+    ),
     "TRACK_USAGE_DELIVERY": Key(
         "background", "'background' or 'inline'", _choice("background", "inline")
     ),

@@ -9,7 +9,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import accumulate
-from operator import add
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakSet
@@ -47,10 +46,9 @@ from flask_usage_metrics.metrics import (
     Shape,
 )
 from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.series import Table, Values
 from flask_usage_metrics.state import State, StateUnavailable
-from flask_usage_metrics.totals_file import Gauges, Key, Numbers, TotalsFile
-
-Values = tuple[str, ...]
+from flask_usage_metrics.totals_file import Gauges, TotalsFile
 
 _STATUSES = {status: str(status) for status in range(100, 600)}
 
@@ -423,59 +421,6 @@ class Totals:
             ]
             for described, values in computed.items()
         }
-
-
-class Table:
-    """The series of one family.
-
-    Args:
-        names: Names of the labels.
-        bound: How many series there may be before they are folded.
-        width: How many numbers a series has.
-
-    Attributes:
-        new: By label values, what was counted here and is not in the siblings' file yet.
-        labels: Every series that is known, here or from siblings.
-    """
-
-    def __init__(self, names: tuple[str, ...], bound: int, width: int) -> None:
-        self.bound = bound
-        self.new: dict[Values, Numbers] = {}
-        self.labels: dict[Values, LabelSet] = {}
-        self._names = names
-        self._width = width
-
-    def row(self, values: Values) -> Numbers:
-        """Return the new numbers of a series, to be added to."""
-        row = self.new.get(values)
-        if row is None:
-            row = self.new[values] = [0] * self._width
-            if values not in self.labels:
-                self.learn(values)
-        return row
-
-    def learn(self, values: Values) -> None:
-        """Take note of a series."""
-        self.labels[values] = LabelSet(self._names, values)
-
-    def is_full(self, spare: int = 0) -> bool:
-        """Tell whether there are as many series as there may be."""
-        return len(self.labels) >= self.bound + spare
-
-    def fit(self, values: Values, folded: Values) -> Values:
-        """Return the values, or the folded ones if there is no room for a new series."""
-        return values if values in self.labels or not self.is_full() else folded
-
-    def rows(self, name: str, merged: Mapping[Key, Numbers]) -> list[tuple[LabelSet, Numbers]]:
-        """Return all series with their numbers: the siblings' sums and what is new."""
-        rows = []
-        for values, labels in self.labels.items():
-            old, new = merged.get((name, values)), self.new.get(values)
-            if old is None:
-                rows.append((labels, list(new or [0] * self._width)))
-            else:
-                rows.append((labels, old if new is None else [*map(add, old, new)]))
-        return rows
 
 
 def _names(described: Description, shape: Shape) -> tuple[str, ...]:

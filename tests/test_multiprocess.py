@@ -34,12 +34,8 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.multiprocess import (
-    MultiprocessFiles,
-    merged_registry,
-    multiprocess_files,
-    process_metrics,
-)
+from flask_usage_metrics.multiprocess import merged_registry, process_metrics
+from flask_usage_metrics.multiprocess_files import MultiprocessFiles, multiprocess_files
 
 MODES = ("all", "liveall", "min", "livemin", "max", "livemax", "sum", "livesum")
 RECENT = ("mostrecent", "livemostrecent")
@@ -566,7 +562,8 @@ def test_a_worker_answers_for_all_and_reports_nothing(tmp_path: Path) -> None:
 import os
 from prometheus_client import REGISTRY, generate_latest
 from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.multiprocess import merged_registry, multiprocess_files
+from flask_usage_metrics.multiprocess import merged_registry
+from flask_usage_metrics.multiprocess_files import multiprocess_files
 
 faults = Faults()
 source = merged_registry(REGISTRY, multiprocess_files(faults), [os.getpid(), os.getppid()])

@@ -41,6 +41,8 @@ def track(**config: Any) -> None:
         ("LABEL_NAMES", {"endpoint": "__name__"}, "must be a dict of new names"),
         ("LABEL_NAMES", ["endpoint"], "must be a dict of new names"),
         ("BUFFER_RECORDS", -1, "must be a positive int, not -1"),
+        ("SPOOL_BYTES", 1000, "must be an int of at least 1048576, not 1000"),
+        ("STATE_DIR", 5, "must be a path or None, not 5"),
         ("FLUSH_SECONDS", "soon", "must be a positive number of seconds, not 'soon'"),
         ("FLUSH_SECONDS", float("nan"), "must be a positive number of seconds, not nan"),
         ("DELIVERY", "later", "must be 'background' or 'inline', not 'later'"),
