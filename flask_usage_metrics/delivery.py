@@ -72,6 +72,8 @@ class Sink:
         self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._adopt_at = 0.0
+        # Not the module's own generator: an app that seeded it must not see it move.
+        self._random = random.Random()
 
     @property
     def name(self) -> str:
@@ -214,7 +216,7 @@ class Sink:
                 continue
             attempt += 1
             pause = min(max(2 * pause, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
-            self._hurry.wait(pause * random.uniform(0.8, 1.2))
+            self._hurry.wait(pause * self._random.uniform(0.8, 1.2))
             self._hurry.clear()
 
     def _wait(self) -> bool:

@@ -25,6 +25,7 @@ METRICS_SINK = "metrics"
 
 _CHUNK = 512
 _GRACE_SECONDS = 0.05
+_HEARTBEAT_SECONDS = 2.0
 _DRAIN_SECONDS = 1.0
 _INLINE_SECONDS = 2.0
 
@@ -228,6 +229,10 @@ class Pipeline:
             self._awake = False
             if self._has_work():
                 self._awake = True
+            elif self._is_shared:
+                # A sibling may die meanwhile, or somebody remove what the siblings share.
+                if self._wake.wait(_HEARTBEAT_SECONDS):
+                    self._wake.clear()
             elif not self._wake.wait(self._idle_seconds):
                 with self._short:
                     if not self._awake:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -94,9 +95,12 @@ def test_an_outage_loses_nothing(make_site: Callable[..., Site]) -> None:
 
     kept = Kept(refuse)
     site = make_site(kept)
+    before = random.getstate()
     visit(site, 10)
     assert not site.usage.flush(0.5)
     assert site.account("kept") == settled(0, pending=10)
+    # The pauses between attempts are random, but an app may have seeded the generator.
+    assert random.getstate() == before
     assert site.account("metrics") == settled(10)
     assert site.samples("flask_usage_sink_up")[(("sink", "kept"),)] == 0
     down.clear()
