@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from flask import Flask
@@ -257,4 +260,57 @@ def test_country_header_is_believed_from_trusted_proxies_only(
         )
     found = [(record.remote_addr, record.country) for record in site.records()]
     assert found == [("198.51.100.7", "DE"), ("203.0.113.9", None)]
+    site.assert_agrees()
+
+
+class Service(BaseHTTPRequestHandler):
+    """A country service on loopback that answers when `free` is set."""
+
+    free = threading.Event()
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.free.wait(10)
+        body = b'{"country_code": "JP", "city": "Tokyo"}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def service() -> Iterator[str]:
+    Service.free.clear()
+    Service.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/json/"
+        Service.free.set()
+        server.shutdown()
+        thread.join()
+
+
+def test_neither_a_visitor_nor_a_scrape_waits_for_a_country_service(
+    make_site: Callable[..., Site], service: str
+) -> None:
+    site = make_site(COUNTRY=None, USE_FREEGEOIP=True, FREEGEOIP_ENDPOINT=service)
+    visitor = {"environ_base": {"REMOTE_ADDR": "8.8.8.8"}}
+    started = time.monotonic()
+    for _ in range(3):
+        site.get("/nowhere", **visitor)
+    # It was asked and has not answered: what waits for it is counted by a later scrape.
+    assert site.counted() == {}
+    assert site.account("sqlite")["pending"] == 3
+    assert time.monotonic() - started < 2
+    Service.free.set()
+    assert [(record.country, record.ip_info) for record in site.records()] == [
+        ("JP", {"country_code": "JP", "city": "Tokyo"})
+    ] * 3
+    assert site.counted() == {("GET", "__unmatched__", "404", "JP"): 3}
+    assert Service.asked == ["/json/8.8.8.8"]
     site.assert_agrees()
