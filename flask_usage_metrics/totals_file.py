@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from weakref import finalize
 
 import msgspec
 
@@ -214,6 +215,7 @@ class TotalsFile:
             os.close(self._descriptor)
             self._descriptor = None
             raise
+        finalize(self, connection.close).atexit = False  # as of a storage that nobody closes
         self._connection = connection
         self._seen = 0
         self._is_new = True

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from itertools import chain, compress, cycle
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import finalize
 
 import sqlalchemy as sa
 from sqlalchemy.pool import QueuePool, StaticPool
@@ -153,6 +154,9 @@ class SQLStorage(Storage):
         storage = cls(engine=engine, table_name=table_name)
         storage._file = file
         storage._owned = True
+        # A storage that nobody closes gives its connections back all the same: since Python 3.13
+        # sqlite3 warns of each that is left. Not at exit, when the app's own handlers close it.
+        finalize(storage, engine.dispose).atexit = False
         storage._patience_seconds = timeout
         return storage
 
