@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -254,6 +255,20 @@ def test_inline_delivery_has_written_when_the_response_is_there(
     for number in range(1, 6):
         visit(site, 1)
         assert len(kept.records) == number
+
+
+def test_where_threads_starve_the_request_does_their_work(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What uWSGI before 2.0.24 says of itself without --enable-threads.
+    monkeypatch.setitem(sys.modules, "uwsgi", SimpleNamespace(has_threads=False))
+    kept = Kept()
+    site = make_site(kept, FLUSH_SECONDS=60)
+    others = set(threading.enumerate())
+    visit(site, 1)
+    assert len(kept.records) == 1
+    new = {thread.name for thread in set(threading.enumerate()) - others}
+    assert new == {"flask_usage_metrics kept"}  # which ran while the request waited for it
 
 
 def run(program: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:

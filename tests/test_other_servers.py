@@ -79,7 +79,7 @@ class Server:
                 cwd=folder,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": f"{folder}:/tmp/ots/pkg", **environment},
+                env={**os.environ, "PYTHONPATH": str(folder), **environment},
             )
         self.known = {self.process.pid}
 
@@ -306,7 +306,7 @@ def test_what_a_zombie_left_is_taken_up(launch: Launch) -> None:
 
 FLASK_RUN = (
     *(sys.executable, "-m", "flask", "--app", "shop", "run", "--debug", "-p", "{port}"),
-    *("--exclude-patterns", "/work/main/*"),  # somebody may be editing
+    *("--exclude-patterns", f"{Path(__file__).parents[1]}/*"),  # somebody may be editing
 )
 
 
