@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -261,3 +264,38 @@ def test_nothing_waits_when_no_state_can_be_kept(tmp_path: Path) -> None:
         assert samples(text, "flask_usage_journaled") == {(): 0}
         until(server.stored, 30)
     assert server.log().count("no place for the state directory") in (1, 2)  # one a worker
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a quarter of a MiB: room for no journal."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_tmpfs_kills_no_worker_and_loses_no_record(
+    tmp_path: Path, small_tmpfs: Path
+) -> None:
+    state = {"FLASK_TRACK_USAGE_STATE_DIR": str(small_tmpfs / "state")}
+    with Gunicorn(tmp_path, "-w", "2", **state) as server:
+        for _ in range(60):
+            server.get()
+        until(lambda: len(server.workers()), 2)
+        workers = set(server.workers())
+        (small_tmpfs / "rest").write_bytes(b"x" * _free(small_tmpfs))
+        for _ in range(60):
+            server.get()
+        text = server.get("/metrics")
+        assert samples(text, "flask_usage_journaled") == {(): 0}
+        until(server.stored, 120)
+        assert set(server.workers()) == workers
+
+
+def _free(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_bsize
