@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
+from time import monotonic
 from typing import Protocol
 from weakref import WeakSet
 
@@ -49,6 +50,9 @@ from flask_usage_metrics.record import UsageRecord
 from flask_usage_metrics.series import Table, Values
 from flask_usage_metrics.state import State, StateUnavailable
 from flask_usage_metrics.totals_file import Gauges, TotalsFile
+
+_PAUSE_SECONDS = 1.0
+"""The siblings' file is left alone for so long when a visit failed."""
 
 _STATUSES = {status: str(status) for status in range(100, 600)}
 
@@ -133,6 +137,7 @@ class Totals:
             self._inherited.append(self._file)
         self._file = None
         self._is_shared = True
+        self._retry_at = 0.0
         self._lock = threading.Lock()
         latencies = len(self.shape.buckets) + 2  # the buckets' counts, and the sum of seconds
         self._tables: dict[str, Table] = {}
@@ -292,7 +297,8 @@ class Totals:
         return [os.getpid()] if file is None else sorted({os.getpid(), *file.workers})
 
     def _exchange(self) -> None:
-        if self._file is None:
+        # A file that is locked costs a second, which not every scrape and fold should wait.
+        if self._file is None or monotonic() < self._retry_at:
             return
         self._count_results()
         new = {
@@ -317,6 +323,7 @@ class Totals:
 
     def _complain(self, error: Exception) -> None:
         self._is_shared = False
+        self._retry_at = monotonic() + _PAUSE_SECONDS
         if self._faults:
             self._faults[0].report("totals", error, "workers are added together later")
 

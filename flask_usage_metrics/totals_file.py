@@ -258,7 +258,7 @@ def _retry_locked(connection: sqlite3.Connection, statement: str) -> None:
         try:
             connection.execute(statement)
             return
-        except sqlite3.OperationalError:
-            if time.monotonic() > deadline:
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
         time.sleep(0.01)
