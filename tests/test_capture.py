@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from wsgiref.simple_server import make_server
@@ -62,7 +64,13 @@ def test_a_request_is_one_record_with_all_that_is_known(site: Site) -> None:
     assert (record.authorization, record.username) == (True, "bob")
     assert record.referrer == "https://example.org/page"
     assert record.track_var == {"plan": "free"}
-    assert record.exception is None
+    assert (record.scheme, record.host, record.root_path) == ("http", "localhost", "")
+    assert (record.path, record.query, record.protocol) == ("/user/ann", "q=1&q=2", "HTTP/1.1")
+    assert (record.user_agent or "").endswith("Firefox/130.0")
+    assert record.process.endswith(f":{os.getpid()}")
+    assert uuid.UUID(record.id).version == 7
+    unknown = ["blueprint", "exception", "country", "ip_info", "visitor", "trace_id", "span_id"]
+    assert [getattr(record, name) for name in (*unknown, "queue_seconds")] == [None] * 8
     assert record.app == "shop"
     assert "secret" not in repr(record)
 
