@@ -135,6 +135,7 @@ class Enricher:
             _queue_seconds(request_start or queue_start, seen.started_ns),
             self._app,
             origin.process,
+            None if seen.consumer is None else _unicode(seen.consumer),
         )
 
 

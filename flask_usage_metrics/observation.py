@@ -63,6 +63,8 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
         authorization: Whether an Authorization header came that can be parsed.
         username: Who made the request.
         track_var: JSON; None when empty.
+        visitor: Identifier in the visitor's cookie, brought or set.
+        consumer: Name of the API client.
     """
 
     started_ns: int
@@ -79,6 +81,8 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
     authorization: bool
     username: str | None
     track_var: bytes | None
+    visitor: str | None = None
+    consumer: str | None = None
 
 
 def encode_json(value: dict[Any, Any]) -> bytes:

@@ -29,6 +29,8 @@ EQUALITY_FILTERS = (
     "blueprint",
     "visitor",
     "trace_id",
+    "remote_addr",
+    "consumer",
 )
 """Fields of the record that a filter of the same name compares for equality."""
 

@@ -55,6 +55,7 @@ class UsageRecord(msgspec.Struct, frozen=True):
             X-Request-Start header.
         app: Name of the Flask app.
         process: ``"host:pid"`` of the process that answered.
+        consumer: Name of the API client on whose behalf the request was made.
     """
 
     id: str
@@ -95,6 +96,8 @@ class UsageRecord(msgspec.Struct, frozen=True):
     queue_seconds: float | None
     app: str
     process: str
+    # With a default, so that what older versions wrote can be read.
+    consumer: str | None = None
 
     @property
     def url(self) -> str:

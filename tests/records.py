@@ -56,6 +56,7 @@ def make_record(**overrides: Any) -> UsageRecord:
         "queue_seconds": None,
         "app": "shop",
         "process": "web1:4711",
+        "consumer": None,
     }
     return UsageRecord(**(fields | overrides))
 

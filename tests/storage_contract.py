@@ -110,6 +110,7 @@ def any_records() -> st.SearchStrategy[UsageRecord]:
         queue_seconds=st.none() | seconds,
         app=st.sampled_from(["shop", "blog"]),
         process=texts,
+        consumer=maybe,
     )
 
 

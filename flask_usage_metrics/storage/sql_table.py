@@ -59,6 +59,7 @@ COLUMNS: tuple[tuple[str, type[sa.types.TypeEngine[Any]], str], ...] = (
     ("queue_seconds", sa.Float, "queue_seconds"),
     ("app", sa.Text, "app"),
     ("process", sa.Text, "process"),
+    ("consumer", sa.Text, "consumer"),
 )
 COLUMN_NAMES = tuple(column for column, _, _ in COLUMNS)
 COLUMN_OF = {field: column for column, _, field in COLUMNS}
@@ -136,6 +137,7 @@ def to_row(record: UsageRecord) -> tuple[Any, ...]:
         record.queue_seconds,
         record.app,
         record.process,
+        record.consumer,
     )
 
 
