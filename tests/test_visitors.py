@@ -1,0 +1,1236 @@
+"""Visitors are told apart for one day, in all processes alike, and never again after it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from hashlib import blake2b
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.state import State, digest
+from flask_usage_metrics.visitor_tally import VisitorTally
+from flask_usage_metrics.visitors import GRACE_SECONDS, VisitorIds
+
+DAY = 86_400.0
+MIDNIGHT = 20_000 * DAY
+"""2024-10-04T00:00:00Z."""
+NOON = MIDNIGHT + DAY / 2
+TODAY, TOMORROW = "2024-10-04", "2024-10-05"
+PERSON = ("203.0.113.9", "Mozilla/5.0", "shop.example")
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+STRANGER = 12345
+
+
+class Clock:
+    def __init__(self, now: float = NOON) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Shop:
+    """One app's state directory, and processes that start there.
+
+    A process is stood in for by an instance with nothing in memory, where none is needed.
+    """
+
+    def __init__(self, place: Path, *more: Path) -> None:
+        self.state = State([place, *more], "shop")
+        self.clock = Clock()
+        self.faults = Faults()
+        self._tallies: list[VisitorTally] = []
+
+    def ids(self) -> VisitorIds:
+        return VisitorIds(self.state, "shop", self.faults, clock=self.clock)
+
+    def tally(self) -> VisitorTally:
+        tally = VisitorTally(self.state, "shop", self.faults, clock=self.clock)
+        self._tallies.append(tally)
+        return tally
+
+    def close(self) -> None:
+        for tally in self._tallies:
+            tally.close()
+
+    def who(self, ids: VisitorIds | None = None, moment: float | None = None) -> str | None:
+        return (ids or self.ids()).identify(self.clock() if moment is None else moment, *PERSON)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept today."""
+        return self.state.home() / f"visitors-{digest('shop')}"
+
+    def make_folder(self) -> Path:
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        return self.folder
+
+    def files(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()}
+
+    def fault_count(self) -> int:
+        return self.faults.counts().get("visitors", 0)
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    shop = Shop(tmp_path / "place")
+    yield shop
+    shop.close()
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
+def python(script: str, *arguments: object) -> str:
+    """Run a script in a process of its own; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+@contextmanager
+def other_process(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a script that prints a line when it is ready, and is killed in the end."""
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    barrier = threading.Barrier(count)
+    failures = []
+
+    def run(number: int) -> None:
+        barrier.wait()
+        try:
+            work(number)
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+# ------------------------------------------------------------------------ who is who
+
+
+ADDRESSES = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)).map(str)
+TEXTS = st.text(st.characters(exclude_categories=()), max_size=600)
+
+
+@given(ADDRESSES, TEXTS, TEXTS)
+def test_an_id_is_a_keyed_hash_of_network_user_agent_and_host(
+    tmp_path_factory: pytest.TempPathFactory, address: str, agent: str, host: str
+) -> None:
+    shop = Shop(tmp_path_factory.getbasetemp() / "hashes")
+    visitor = shop.ids().identify(NOON, address, agent, host)
+    (path,) = shop.folder.iterdir()
+    parsed = ip_address(address)
+    network = parsed.packed if parsed.version == 4 else parsed.packed[:8]
+    texts = "\0" + agent[:512] + "\0" + host[:255].lower()
+    expected = blake2b(
+        network + texts.encode("utf-8", "surrogatepass"),
+        key=path.read_bytes(),
+        digest_size=8,
+        person=b"visitor",
+    )
+    assert visitor == expected.hexdigest()
+    assert len(visitor) == 16
+    assert shop.fault_count() == 0
+
+
+def test_visitors_differ_by_network_user_agent_and_host_but_not_by_more(shop: Shop) -> None:
+    ids = shop.ids()
+    different = [
+        PERSON,
+        ("203.0.113.10", *PERSON[1:]),
+        ("2001:db8:0:1::1", *PERSON[1:]),
+        ("2001:db8:0:2::1", *PERSON[1:]),
+        (PERSON[0], "curl/8", PERSON[2]),
+        (PERSON[0], PERSON[1], "blog.example"),
+        (PERSON[0], "", ""),
+        (PERSON[0], "a" * 512, ""),
+        (PERSON[0], "", "a" * 255),
+    ]
+    known = [ids.identify(NOON, *person) for person in different]
+    assert len(set(known)) == len(different)
+    same = [
+        (0, (*PERSON[:2], "SHOP.example")),
+        (2, ("2001:db8:0:1:ffff::2", *PERSON[1:])),
+        (7, (PERSON[0], "a" * 513, "")),
+        (8, (PERSON[0], "", "A" * 256)),
+    ]
+    for number, person in same:
+        assert ids.identify(NOON, *person) == known[number]
+
+
+@pytest.mark.parametrize(
+    "address", [None, "", "unknown", "203.0.113", "1" * 1000, "::1%" + "z" * 100, "\ud800", "::\0"]
+)
+def test_without_an_address_nobody_is_told_apart(shop: Shop, address: str | None) -> None:
+    assert shop.ids().identify(NOON, address, "", "") is None
+
+
+def test_the_apps_of_one_place_have_keys_of_their_own(shop: Shop) -> None:
+    blog = VisitorIds(shop.state, "blog", shop.faults, clock=shop.clock)
+    assert shop.who(blog) != shop.who()
+
+
+def test_what_is_remembered_of_visitors_is_bounded(shop: Shop) -> None:
+    ids = shop.ids()
+    shop.who(ids)
+    tracemalloc.start()
+    for number in range(200):
+        ids.identify(NOON, "203.0.113.9", f"{number} " + "a" * 100_000, "b" * 100_000)
+        ids.identify(NOON, "1" * 100_000 + str(number), "", "")
+    for number in range(20_000):
+        ids.identify(NOON, "203.0.113.9", str(number), "")
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 4e6
+
+
+# ------------------------------------------------------------------------ one key for all
+
+
+def test_processes_that_start_together_agree(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from pathlib import Path
+from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.state import State
+from flask_usage_metrics.visitors import VisitorIds
+for number in range(10):
+    state = State([Path(sys.argv[1]) / str(number)], "shop")
+    start, go = os.pipe()
+    read, write = os.pipe()
+    children = []
+    for _ in range(16):
+        child = os.fork()
+        if not child:
+            faults = Faults()
+            ids = VisitorIds(state, "shop", faults, clock=lambda: 86400.0)
+            os.close(go)
+            os.read(start, 1)
+            visitor = ids.identify(86400.0, "203.0.113.9", "", "")
+            os.write(write, f"{visitor} {faults.counts()}\\n".encode())
+            os._exit(0)
+        children.append(child)
+    os.close(go)
+    for child in children:
+        os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        lines = file.read().splitlines()
+    os.close(start)
+    print(len(lines), len(set(lines)), lines[0][16:])
+"""
+    assert python(script, tmp_path).splitlines() == ["16 1  {}"] * 10
+
+
+def test_threads_that_start_together_agree(shop: Shop) -> None:
+    ids = VisitorIds(None, "shop", shop.faults, clock=shop.clock)
+    found = set()
+    in_threads(8, lambda _: found.add(shop.who(ids)))
+    assert len(found) == 1
+    assert shop.fault_count() == 1
+
+
+def test_a_restart_on_the_same_day_changes_nobody(shop: Shop) -> None:
+    ids = shop.ids()
+    visitor = shop.who(ids)
+    ids.close()
+    assert shop.files() == {f"{TODAY}.key"}
+    shop.clock.now += 3600
+    assert shop.who() == shop.who(ids) == visitor
+    assert shop.fault_count() == 0
+
+
+def test_the_key_is_for_its_owner_only(shop: Shop) -> None:
+    old = os.umask(0)
+    try:
+        shop.who()
+    finally:
+        os.umask(old)
+    (path,) = shop.folder.iterdir()
+    assert (mode(path), mode(path.parent)) == (0o600, 0o700)
+    assert len(path.read_bytes()) == 32
+
+
+def test_a_key_in_another_place_is_found(tmp_path: Path) -> None:
+    before = Shop(tmp_path / "temporary")
+    visitor = before.who()
+    after = Shop(tmp_path / "instance", tmp_path / "temporary")
+    assert after.make_folder() != before.folder
+    assert after.who() == visitor
+    assert after.files() == set()
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", b"x" * 33, bytes(32)])
+def test_what_is_no_key_is_replaced(shop: Shop, content: bytes) -> None:
+    path = shop.make_folder() / f"{TODAY}.key"
+    path.write_bytes(content)
+    assert shop.who() == shop.who()
+    assert len(path.read_bytes()) == 32
+    assert any(path.read_bytes())
+    assert path.read_bytes() != content
+    assert shop.fault_count() == 0
+
+
+LOCK = """
+import fcntl, os, sys, time
+descriptor = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)
+fcntl.flock(descriptor, fcntl.LOCK_EX)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_who_is_killed_while_it_makes_the_key_blocks_nobody(shop: Shop) -> None:
+    with other_process(LOCK, shop.make_folder() / f"{TODAY}.key") as holder:
+        threading.Timer(0.3, holder.kill).start()
+        assert shop.who() == shop.who()
+    assert shop.fault_count() == 0
+
+
+def test_who_hangs_delays_only_until_there_is_a_key(shop: Shop) -> None:
+    path = shop.make_folder() / f"{TODAY}.key"
+    with other_process(LOCK, path):
+        ids = shop.ids()
+        start = time.monotonic()
+        alone = shop.who(ids)
+        assert 0.5 < time.monotonic() - start < 5
+        assert shop.fault_count() == 1
+        path.write_bytes(b"k" * 32)  # which is complete: nobody writes it again
+        start = time.monotonic()
+        shared = shop.who()
+        assert time.monotonic() - start < 0.5
+    assert shop.who() == shared != alone
+    assert shop.who(ids) == alone  # ids do not change in mid-day
+    assert shop.fault_count() == 1
+
+
+def plant_file(folder: Path) -> None:
+    folder.write_text("x")
+
+
+def plant_link(folder: Path) -> None:
+    folder.with_name("target").mkdir()
+    folder.symlink_to(folder.with_name("target"))
+
+
+def plant_open(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+    (folder / f"{TODAY}.key").write_bytes(b"k" * 32)
+    (folder / f"{TODAY}.sqlite3").write_bytes(b"")
+
+
+def plant_strangers(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    (folder / f"{TODAY}.key").write_bytes(b"k" * 32)
+    os.chown(folder, STRANGER, STRANGER)
+
+
+def plant_key_link(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    target = folder.with_name("target")
+    target.write_bytes(b"k" * 32)
+    (folder / f"{TODAY}.key").symlink_to(target)
+
+
+def plant_strangers_key(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    (folder / f"{TODAY}.key").write_bytes(b"k" * 32)
+    os.chown(folder / f"{TODAY}.key", STRANGER, STRANGER)
+
+
+def plant_key_folder(folder: Path) -> None:
+    (folder / f"{TODAY}.key").mkdir(mode=0o700, parents=True)
+    folder.chmod(0o700)
+
+
+def plant_pipe(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    os.mkfifo(folder / f"{TODAY}.key")
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        plant_file,
+        plant_link,
+        plant_open,
+        plant_key_link,
+        plant_key_folder,
+        plant_pipe,
+        pytest.param(plant_strangers, marks=as_root),
+        pytest.param(plant_strangers_key, marks=as_root),
+    ],
+)
+def test_what_is_planted_is_not_used_and_each_process_counts_alone(
+    shop: Shop, plant: Callable[[Path], None]
+) -> None:
+    plant(shop.folder)
+    target = shop.folder.with_name("target")
+    before = target.read_bytes() if target.is_file() else None
+    one, two = shop.ids(), shop.ids()
+    alone = shop.who(one)
+    assert alone not in (None, shop.who(two))
+    key = {"key": b"k" * 32, "digest_size": 8, "person": b"visitor"}
+    text = ip_address(PERSON[0]).packed + f"\0{PERSON[1]}\0{PERSON[2]}".encode()
+    assert alone != blake2b(text, **key).hexdigest()  # type: ignore[arg-type]
+    assert shop.who(one) == alone
+    assert shop.fault_count() == 2  # one of each
+    if before is not None:
+        assert target.read_bytes() == before
+    elif target.exists():
+        assert not list(target.iterdir())
+
+
+def test_without_a_place_there_is_one_fault_a_day(shop: Shop) -> None:
+    ids = VisitorIds(None, "shop", shop.faults, clock=shop.clock)
+    alone = shop.who(ids)
+    for _ in range(10):
+        shop.clock.now += 600
+        assert shop.who(ids) == alone
+    assert shop.fault_count() == 1
+    shop.clock.now = NOON + DAY
+    assert shop.who(ids) not in (None, alone)
+    assert shop.who(ids, NOON) is None
+    assert shop.fault_count() == 2
+    assert not shop.folder.exists()
+
+
+def test_a_full_disk_harms_nobody(tmp_path: Path) -> None:
+    script = """
+import resource, sys
+from pathlib import Path
+from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.state import State
+from flask_usage_metrics.visitors import VisitorIds
+state, faults = State([Path(sys.argv[1])], "shop"), Faults()
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+made = []
+for limit in (0, 7, limits[0]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    ids = VisitorIds(state, "shop", faults, clock=lambda: 86400.0)
+    made.append((ids, ids.identify(86400.0, "203.0.113.9", "", "")))
+assert len({visitor for _, visitor in made}) == 3
+for ids, visitor in made:
+    assert ids.identify(86400.0, "203.0.113.9", "", "") == visitor
+print(faults.counts())
+"""
+    log = "import logging; logging.disable()\n"
+    assert python(log + script, tmp_path) == "{'visitors': 2}\n"
+    (path,) = tmp_path.glob("**/*.key")
+    assert len(path.read_bytes()) == 32
+
+
+FORK = """
+import os, sys
+from pathlib import Path
+from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.state import State
+from flask_usage_metrics.visitors import VisitorIds
+state = State([Path(sys.argv[1])], "shop") if sys.argv[1] else None
+ids = VisitorIds(state, "shop", Faults(), clock=lambda: 86400.0)
+print(ids.identify(86400.0, "203.0.113.9", "", ""), flush=True)
+for _ in range(3):
+    if not os.fork():
+        ids.reset_after_fork()
+        print(ids.identify(86400.0, "203.0.113.9", "", ""), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_forked_children_agree_with_their_parent(tmp_path: Path, shared: bool) -> None:
+    log = "import logging; logging.disable()\n"
+    lines = python(log + FORK, tmp_path if shared else "").splitlines()
+    assert len(lines) == 4
+    assert len(set(lines)) == 1
+
+
+def test_a_forked_child_reads_the_key_again(shop: Shop) -> None:
+    ids = shop.ids()
+    before = shop.who(ids)
+    (shop.folder / f"{TODAY}.key").write_bytes(b"k" * 32)
+    assert shop.who(ids) == before
+    ids.reset_after_fork()
+    assert shop.who(ids) == shop.who() != before
+
+
+# ------------------------------------------------------------------------ never again
+
+
+def holds(folder: Path, secret: bytes) -> bool:
+    return any(secret in path.read_bytes() for path in folder.glob("**/*") if path.is_file())
+
+
+def test_after_the_day_nobody_can_tell_who_it_was(shop: Shop, tmp_path: Path) -> None:
+    ids, witness = shop.ids(), tmp_path / "hard-link"
+    visitor = shop.who(ids)
+    path = shop.folder / f"{TODAY}.key"
+    secret = path.read_bytes()
+    assert holds(tmp_path, secret)
+    witness.hardlink_to(path)  # what is left on the disk when a file is removed
+    moment = shop.clock.now = MIDNIGHT + DAY - 0.1
+    assert shop.who(ids) == visitor
+
+    shop.clock.now = MIDNIGHT + DAY + 0.1
+    other = shop.who(ids)
+    assert other not in (None, visitor)
+    shop.clock.now = MIDNIGHT + DAY + GRACE_SECONDS - 0.1
+    for one in (ids, shop.ids()):  # late ones of yesterday, also after a restart
+        assert shop.who(one, moment) == visitor
+        assert shop.who(one) == other
+    assert holds(tmp_path, secret)
+
+    shop.clock.now = MIDNIGHT + DAY + GRACE_SECONDS
+    ids.tend()
+    assert witness.read_bytes() == bytes(32)
+    assert not holds(tmp_path, secret)
+    assert shop.files() == {f"{TOMORROW}.key"}
+    for one in (ids, shop.ids()):
+        assert shop.who(one, moment) is None
+        assert shop.who(one) == other
+    assert shop.files() == {f"{TOMORROW}.key"}
+    assert shop.fault_count() == 0
+
+
+@pytest.mark.parametrize("how", ["tend", "identify"])
+def test_a_key_of_this_process_alone_is_forgotten_too(shop: Shop, how: str) -> None:
+    ids = VisitorIds(None, "shop", shop.faults, clock=shop.clock)
+    visitor = shop.who(ids)
+    shop.clock.now = MIDNIGHT + DAY + GRACE_SECONDS - 1
+    assert shop.who(ids, NOON) == visitor
+    shop.clock.now += 1
+    if how == "tend":
+        ids.tend()
+        assert ids.due_in() is None
+        shop.clock.now -= 1  # not even to a clock that was set back
+        assert shop.who(ids, NOON) is None
+    else:
+        assert shop.who(ids, NOON) is None
+
+
+def test_no_key_is_made_for_a_day_that_is_over_or_far_ahead(shop: Shop) -> None:
+    ids = shop.ids()
+    shop.clock.now = MIDNIGHT + 10
+    for moment in (MIDNIGHT - 1, MIDNIGHT - DAY, MIDNIGHT + DAY, NOON + 50 * DAY, -1e18, 1e18):
+        assert shop.who(ids, moment) is None
+    assert not shop.folder.exists()
+    assert ids.due_in() is None
+    assert shop.fault_count() == 0
+
+
+def test_what_another_run_left_is_destroyed_at_first_use(tmp_path: Path) -> None:
+    shop = Shop(tmp_path / "instance", tmp_path / "temporary")
+    folders = [shop.make_folder(), Shop(tmp_path / "temporary").make_folder()]
+    due = [
+        "2024-10-03.key",
+        "1999-12-31.key",
+        "2040-01-01.key",  # the clock was wrong
+        *(f"2024-10-03.sqlite3{end}" for end in ("", "-wal", "-shm", "-journal")),
+    ]
+    others = [
+        f"{TODAY}.sqlite3",
+        f"{TODAY}.key",
+        "2024-13-03.key",
+        "2024-10-03.key.bak",
+        "2024-10-03.txt",
+        "old2024-10-03.key",
+        "٢٠٢٤-10-03.key",
+        "notes",
+    ]
+    witnesses = []
+    for folder in folders:
+        for name in (*due, *others):
+            (folder / name).write_bytes(b"k" * 32)
+        for name in due[:3]:
+            witnesses.append(tmp_path / f"{len(witnesses)}")
+            witnesses[-1].hardlink_to(folder / name)
+    shop.who()
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == set(others)
+        assert {path.read_bytes() for path in folder.iterdir()} == {b"k" * 32}
+    assert [path.read_bytes() for path in witnesses] == [bytes(32)] * 6
+    assert shop.fault_count() == 0
+
+
+def test_what_the_app_left_under_another_name_is_destroyed_too(shop: Shop) -> None:
+    blog = VisitorIds(shop.state, "blog", shop.faults, clock=shop.clock)
+    visitor = shop.who(blog)
+    (path,) = shop.folder.parent.glob("visitors-*/*")
+    secret = path.read_bytes()
+    foreign = shop.folder.with_name("other") / path.name
+    foreign.parent.mkdir(mode=0o700)
+    foreign.write_bytes(b"k" * 32)
+    shop.who()
+    assert path.read_bytes() == secret
+    assert shop.who(blog) == visitor
+    shop.clock.now += DAY
+    shop.who()
+    assert not path.exists()
+    assert foreign.exists()
+
+
+def test_a_link_in_the_place_of_an_old_key_is_removed_but_not_followed(shop: Shop) -> None:
+    target = shop.make_folder().with_name("target")
+    target.write_bytes(b"precious")
+    (shop.folder / "2000-01-01.key").symlink_to(target)
+    shop.ids().tend()
+    assert shop.files() == set()
+    assert target.read_bytes() == b"precious"
+
+
+def test_what_cannot_be_destroyed_is_reported_and_tried_again(shop: Shop) -> None:
+    stubborn = shop.make_folder() / "2000-01-01.key"
+    stubborn.mkdir()
+    old = [shop.folder / f"{year}-01-01.key" for year in (1999, 2001)]
+    for path in old:
+        path.write_bytes(b"k" * 32)
+    ids = shop.ids()
+    ids.tend()
+    assert not any(path.exists() for path in old)
+    assert shop.fault_count() == 1
+    due = ids.due_in()
+    assert due is not None
+    assert 0 < due <= 60
+    ids.tend()
+    assert shop.fault_count() == 1
+    stubborn.rmdir()
+    stubborn.write_bytes(b"k" * 32)
+    shop.clock.now += due
+    ids.tend()
+    assert shop.files() == set()
+    assert shop.fault_count() == 1
+    assert ids.due_in() is None
+
+
+def test_who_starts_in_the_grace_destroys_at_its_end(shop: Shop) -> None:
+    shop.who()
+    path = shop.folder / f"{TODAY}.key"
+    ids = shop.ids()
+    shop.clock.now = MIDNIGHT + DAY + 5
+    ids.tend()
+    assert path.exists()
+    shop.clock.now = MIDNIGHT + DAY + GRACE_SECONDS
+    ids.tend()
+    assert not path.exists()
+
+
+def test_the_disk_is_looked_at_once_a_day(shop: Shop) -> None:
+    ids = shop.ids()
+    ids.tend()
+    old = shop.make_folder() / "2000-01-01.key"
+    old.write_bytes(b"k" * 32)
+    for moment in (NOON, MIDNIGHT + DAY, MIDNIGHT + DAY + GRACE_SECONDS - 1):
+        shop.clock.now = moment
+        ids.tend()
+        assert old.exists()
+    shop.clock.now += 1
+    ids.tend()
+    assert not old.exists()
+
+
+def test_it_is_known_when_something_is_due(shop: Shop) -> None:
+    ids = shop.ids()
+    assert ids.due_in() is None
+    shop.clock.now = MIDNIGHT + DAY - 10
+    shop.who(ids)
+    assert ids.due_in() == 10 + GRACE_SECONDS
+    shop.clock.now += 20
+    shop.who(ids)
+    assert ids.due_in() == GRACE_SECONDS - 10
+    shop.clock.now += GRACE_SECONDS
+    assert ids.due_in() == 0
+    ids.tend()
+    assert ids.due_in() == DAY - 10
+    ids.close()
+    assert ids.due_in() is None
+
+
+def test_a_clock_that_is_set_back_over_midnight_finds_the_keys_of_both_days(shop: Shop) -> None:
+    ids = shop.ids()
+    shop.clock.now = MIDNIGHT + DAY - 5
+    late = shop.who(ids)
+    shop.clock.now = MIDNIGHT + DAY + 5
+    early = shop.who(ids)
+    shop.clock.now = MIDNIGHT + DAY - 2
+    for one in (ids, shop.ids()):
+        assert shop.who(one) == late
+        assert shop.who(one, MIDNIGHT + DAY + 5) == early
+    shop.clock.now = MIDNIGHT + DAY + 7
+    for one in (ids, shop.ids()):
+        assert shop.who(one) == early
+        assert shop.who(one, MIDNIGHT + DAY - 5) == late
+
+
+def test_a_request_of_the_first_seconds_of_tomorrow_is_tomorrows(shop: Shop) -> None:
+    ids = shop.ids()
+    shop.clock.now = MIDNIGHT + DAY - 2
+    today, tomorrow = shop.who(ids), shop.who(ids, MIDNIGHT + DAY + 1)
+    assert tomorrow not in (None, today)
+    shop.clock.now = MIDNIGHT + DAY + 3
+    assert shop.who() == tomorrow
+
+
+def test_a_clock_that_was_years_ahead_puts_nothing_off(shop: Shop) -> None:
+    ids = shop.ids()
+    shop.clock.now = NOON + 5000 * DAY
+    wrong = shop.who(ids)
+    assert wrong is not None
+    shop.clock.now = NOON
+    assert shop.who(ids) not in (None, wrong)
+    assert shop.files() == {f"{TODAY}.key"}
+    assert shop.who(ids, NOON + 5000 * DAY) is None
+    due = ids.due_in()
+    assert due is not None
+    assert due <= DAY + GRACE_SECONDS
+
+
+def test_many_may_destroy_at_once(shop: Shop) -> None:
+    for number in range(200):
+        (shop.make_folder() / f"{1000 + number}-01-01.key").write_bytes(b"k" * 32)
+    everybody = [shop.ids() for _ in range(8)]
+    in_threads(8, lambda number: everybody[number].tend())
+    assert shop.files() == set()
+    assert shop.fault_count() == 0
+
+
+def test_a_vanished_folder_harms_nobody(shop: Shop) -> None:
+    ids = shop.ids()
+    visitor = shop.who(ids)
+    shutil.rmtree(shop.state.places[0])
+    shop.clock.now += 60
+    ids.tend()
+    assert shop.who(ids) == visitor
+    shop.clock.now += DAY
+    assert shop.who(ids) == shop.who() != visitor
+    assert shop.fault_count() == 0
+
+
+# ------------------------------------------------------------------------ how many
+
+
+def at(moment: float, visitors: Iterable[object]) -> list[tuple[float, str]]:
+    return [(moment, f"{visitor:>016}") for visitor in visitors]
+
+
+def stored(shop: Shop) -> tuple[int, int]:
+    """Return how many ids are in the file of today, and the number it gives."""
+    with closing(sqlite3.connect(shop.folder / f"{TODAY}.sqlite3")) as reader:
+        (count,) = reader.execute("SELECT COUNT(*) FROM seen").fetchone()
+        (number,) = reader.execute("SELECT number FROM tally").fetchone()
+    return count, number
+
+
+def test_each_counts_once_among_all_who_look(shop: Shop) -> None:
+    one, two = shop.tally(), shop.tally()
+    assert one.today() == 0
+    one.add(at(NOON, [1, 2, 2, 3]))
+    two.add(iter(at(NOON, [3, 4])))
+    one.add(at(NOON, [1, 4]))
+    one.add([])
+    assert one.today() == two.today() == shop.tally().today() == 4
+    assert stored(shop) == (4, 4)
+    assert shop.fault_count() == 0
+
+
+def test_a_restart_begins_with_those_who_were_there(shop: Shop) -> None:
+    tally = shop.tally()
+    tally.add(at(NOON, range(10)))
+    tally.close()
+    again = shop.tally()
+    assert again.today() == 10
+    again.add(at(NOON, range(5, 15)))
+    assert again.today() == tally.today() == 15
+
+
+def test_only_today_counts(shop: Shop) -> None:
+    tally = shop.tally()
+    tally.add(at(MIDNIGHT - 1, [1]))
+    tally.add(at(MIDNIGHT, [2]))
+    tally.add(at(MIDNIGHT + DAY - 0.1, [3]))
+    tally.add(at(MIDNIGHT + DAY, [4]))
+    assert tally.today() == 2
+
+
+def test_a_new_day_begins_at_zero_and_nothing_of_the_old_is_left(tmp_path: Path) -> None:
+    shop = Shop(tmp_path / "instance", tmp_path / "temporary")
+    other = Shop(tmp_path / "temporary").make_folder()
+    tally, idle = shop.tally(), shop.tally()
+    tally.add(at(NOON, range(10)))
+    assert idle.today() == 10
+    shop.clock.now = NOON + DAY
+    keep = {"2024-10-03.key", "2024-10-03.sqlite3.bak", "2024-10-33.sqlite3", "notes"}
+    for folder in (shop.folder, other):
+        for end in ("-wal", "-shm", "-journal"):
+            (folder / f"{TODAY}.sqlite3{end}").write_text("")
+        for name in (*keep, "2040-01-01.sqlite3", "2024-10-03.sqlite3"):
+            (folder / name).write_text("")
+    assert tally.today() == 0
+    assert {path.name for path in other.iterdir()} == keep
+    assert shop.files() == keep
+    tally.add(at(NOON + DAY, range(3)))
+    tally.add(at(NOON, range(10)))  # late ones of yesterday
+    assert tally.today() == idle.today() == 3
+    assert shop.files() == {*keep, f"{TOMORROW}.sqlite3"}
+    assert shop.fault_count() == 0
+    shop.close()
+
+
+def test_nothing_is_made_to_look(shop: Shop) -> None:
+    assert shop.tally().today() == 0
+    shop.tally().add(at(NOON - DAY, [1]))
+    assert not shop.state.places[0].exists()
+
+
+def test_the_set_is_for_its_owner_only(shop: Shop) -> None:
+    old = os.umask(0)
+    try:
+        shop.tally().add(at(NOON, range(5000)))
+    finally:
+        os.umask(old)
+    assert mode(shop.folder / f"{TODAY}.sqlite3") == 0o600
+    assert mode(shop.folder) == 0o700
+
+
+def test_a_set_in_another_place_is_found(tmp_path: Path) -> None:
+    before = Shop(tmp_path / "temporary")
+    before.tally().add(at(NOON, range(10)))
+    after = Shop(tmp_path / "instance", tmp_path / "temporary")
+    after.tally().add(at(NOON, range(5, 15)))
+    assert after.tally().today() == before.tally().today() == 15
+    assert not after.folder.exists()
+    before.close()
+    after.close()
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=()), max_size=8)))
+def test_any_text_may_be_an_id(
+    tmp_path_factory: pytest.TempPathFactory, visitors: list[str]
+) -> None:
+    tally = VisitorTally(None, "shop", Faults(), clock=Clock())
+    tally.add([(NOON, visitor) for visitor in [*visitors, "\ud800", "\0"]])
+    assert tally.today() == len({*visitors, "\ud800", "\0"})
+    tally.close()
+
+
+CROWD = """
+import os, sys, threading
+from pathlib import Path
+from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.state import State
+from flask_usage_metrics.visitor_tally import VisitorTally
+state, faults = State([Path(sys.argv[1])], "shop"), Faults()
+start, go = os.pipe()
+children = []
+for process in range(4):
+    child = os.fork()
+    if not child:
+        os.close(go)
+        os.read(start, 1)
+        tally = VisitorTally(state, "shop", faults, clock=lambda: 86400.0)
+        fallen = []
+        def work(thread):
+            last = 0
+            for step in range(60):
+                first = (process * 3 + thread * 2) * 100 + step * 10
+                tally.add((86400.0, f"{number:016}") for number in range(first, first + 20))
+                number = tally.today()
+                fallen.append(number < last)
+                last = number
+        threads = [threading.Thread(target=work, args=(thread,)) for thread in range(3)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        tally.close()
+        os._exit(any(fallen))
+    children.append(child)
+os.close(go)
+assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+tally = VisitorTally(state, "shop", faults, clock=lambda: 86400.0)
+print(tally.today(), faults.counts())
+"""
+
+
+def test_the_number_is_exact_among_processes_and_threads(tmp_path: Path) -> None:
+    expected = {
+        (process * 3 + thread * 2) * 100 + step * 10 + number
+        for process in range(4)
+        for thread in range(3)
+        for step in range(60)
+        for number in range(20)
+    }
+    assert python(CROWD, tmp_path) == f"{len(expected)} {{}}\n"
+
+
+ADD_FOREVER = """
+import sys, time
+from pathlib import Path
+from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.state import State
+from flask_usage_metrics.visitor_tally import VisitorTally
+tally = VisitorTally(State([Path(sys.argv[1])], "shop"), "shop", Faults(),
+                     clock=lambda: float(sys.argv[2]))
+print("ready", flush=True)
+number = 0
+while True:
+    batch = range(number, number + 50)
+    tally.add((float(sys.argv[2]), f"{visitor:>016}") for visitor in batch)
+    number += 50
+    Path(sys.argv[3]).write_text(str(number))
+"""
+
+
+def test_the_number_is_exact_after_a_kill_in_the_middle(shop: Shop, tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    for pause in (0.05, 0.11, 0.17):
+        done.unlink(missing_ok=True)
+        with other_process(ADD_FOREVER, shop.state.places[0], NOON, done) as process:
+            while not done.exists():
+                time.sleep(0.001)
+            time.sleep(pause)
+            process.kill()
+        added = int(done.read_text() or 0)
+        count, number = stored(shop)
+        assert count == number >= added
+        tally = shop.tally()
+        assert tally.today() == number
+        tally.add(at(NOON, range(number + 7)))
+        assert tally.today() == number + 7
+    assert shop.fault_count() == 0
+
+
+FORKED = """
+import os, sys
+from pathlib import Path
+from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.state import State
+from flask_usage_metrics.visitor_tally import VisitorTally
+tally = VisitorTally(State([Path(sys.argv[1])], "shop") if sys.argv[1] else None, "shop", Faults(),
+                     clock=lambda: 86400.0)
+tally.add([(86400.0, "parent")])
+read, write = os.pipe()
+child = os.fork()
+if child:
+    os.close(read)
+    tally.add([(86400.0, "parent again")])
+    tally.close()
+    os.close(write)
+    _, status = os.waitpid(child, 0)
+    print(status, tally.today())
+else:
+    os.close(write)
+    tally.reset_after_fork()
+    tally.add([(86400.0, "parent"), (86400.0, "child")])
+    os.read(read, 1)
+    tally.add([(86400.0, "child again")])
+    print(tally.today(), flush=True)
+    tally.close()
+"""
+
+
+def test_a_fork_takes_nothing_away(tmp_path: Path) -> None:
+    assert python(FORKED, tmp_path).split() == ["4", "0", "4"]
+    log = "import logging; logging.disable()\n"
+    assert python(log + FORKED, "").split()[0] == "3"  # a child alone has its own
+
+
+def test_a_fork_in_the_middle_of_a_visit_blocks_no_child(tmp_path: Path) -> None:
+    script = """
+import os, sys, threading, warnings
+from pathlib import Path
+from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.state import State
+from flask_usage_metrics.visitor_tally import VisitorTally
+warnings.simplefilter("ignore")  # of a fork beside threads
+state = State([Path(sys.argv[1])], "shop")
+tally = VisitorTally(state, "shop", Faults(), clock=lambda: 86400.0)
+inside, done = threading.Event(), threading.Event()
+def slow():
+    inside.set()
+    yield 86400.0, "parent"
+    done.wait()
+thread = threading.Thread(target=tally.add, args=(slow(),))
+thread.start()
+inside.wait()
+child = os.fork()
+if not child:
+    tally.reset_after_fork()
+    tally.add([(86400.0, "child")])
+    print(tally.today(), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+done.set()
+thread.join()
+print(tally.today())
+"""
+    assert python(script, tmp_path).split() == ["1", "2"]
+
+
+def test_nothing_is_kept_open(shop: Shop) -> None:
+    ids, tally = shop.ids(), shop.tally()
+    for number in range(20):
+        assert shop.who(ids)
+        tally.add(at(NOON, [number]))
+        tally.today()
+        ids.close()
+    targets = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            targets.append(str(descriptor.readlink()))
+    assert not [target for target in targets if target.startswith(str(shop.folder))]
+
+
+def break_it(path: Path, how: str) -> None:
+    if how == "removed":
+        path.unlink()
+    elif how == "folder-removed":
+        shutil.rmtree(path.parent)
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "garbage":
+        path.write_bytes(b"garbage" * 5000)
+    elif how == "half":
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "replaced":
+        other = path.with_name("other")
+        other.write_bytes(b"")
+        other.replace(path)
+
+
+@pytest.mark.parametrize(
+    "how", ["removed", "folder-removed", "emptied", "garbage", "half", "replaced"]
+)
+def test_damage_loses_nobody_who_was_there_lately(shop: Shop, how: str) -> None:
+    tallies = [shop.tally() for _ in range(3)]
+    for number, tally in enumerate(tallies):
+        tally.add(at(NOON, range(number * 500, number * 500 + 1000)))
+    assert [tally.today() for tally in tallies] == [2000] * 3
+    break_it(shop.folder / f"{TODAY}.sqlite3", how)
+    for _ in range(2):
+        for tally in tallies:
+            tally.add(at(NOON, ["new"]))
+            tally.today()
+    assert [tally.today() for tally in tallies] == [2001] * 3
+    assert shop.tally().today() == 2001
+    assert stored(shop) == (2001, 2001)
+    assert how == "replaced" or mode(shop.folder / f"{TODAY}.sqlite3") == 0o600
+
+
+def test_a_file_that_vanished_gives_no_number(shop: Shop) -> None:
+    tally, idle = shop.tally(), shop.tally()
+    tally.add(at(NOON, range(10)))
+    assert idle.today() == 10
+    (shop.folder / f"{TODAY}.sqlite3").unlink()
+    assert idle.today() == 0  # it knows of none itself
+    assert tally.today() == 10
+    assert idle.today() == 10
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+        other.execute("ROLLBACK")
+
+
+def test_a_locked_file_delays_but_loses_nothing(shop: Shop) -> None:
+    tally, fresh = shop.tally(), shop.tally()
+    tally.add(at(NOON, range(10)))
+    begun = time.monotonic()
+    with locked(shop.folder / f"{TODAY}.sqlite3"):
+        tally.add(at(NOON, range(10)))  # who was counted lately costs no visit
+        assert shop.fault_count() == 0
+        assert time.monotonic() - begun < 0.9
+        tally.add(at(NOON, range(5, 20)))
+        assert 0.5 < time.monotonic() - begun < 5
+        start = time.monotonic()
+        for number in range(20, 50):
+            tally.add(at(NOON, [number]))
+            assert tally.today() == 10
+        assert time.monotonic() - start < 0.9  # at most one wait in a second
+        assert shop.fault_count() == 1
+        assert fresh.today() == 0
+        fresh.add(at(NOON, ["fresh"]))
+        time.sleep(max(0.0, 3 - (time.monotonic() - begun)))
+        assert shop.fault_count() == 2
+    assert tally.today() == 50
+    fresh.close()  # it adds what is left, without a pause
+    assert tally.today() == 51
+    assert shop.fault_count() == 2
+
+
+def test_what_waits_for_a_locked_file_is_bounded(shop: Shop) -> None:
+    tally = shop.tally()
+    tally.add(at(NOON, range(10)))
+    tracemalloc.start()
+    with locked(shop.folder / f"{TODAY}.sqlite3"):
+        tally.add((NOON, f"{visitor:>016}") for visitor in range(110_000))
+        paused = time.monotonic()
+        held, _ = tracemalloc.get_traced_memory()
+        assert held < 20e6
+    time.sleep(max(0.0, 1 - (time.monotonic() - paused)))
+    assert tally.today() == 100_010
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 2e6
+    tally.add(at(NOON, range(110_000)))
+    assert tally.today() == 110_000
+    assert stored(shop) == (110_000, 110_000)
+
+
+def test_a_full_disk_delays_but_loses_nothing(tmp_path: Path) -> None:
+    script = """
+import logging, resource, sys, time
+from pathlib import Path
+from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.state import State
+from flask_usage_metrics.visitor_tally import VisitorTally
+logging.disable()
+faults = Faults()
+tally = VisitorTally(State([Path(sys.argv[1])], "shop"), "shop", faults, clock=lambda: 86400.0)
+tally.add([(86400.0, "first")])
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+tally.add((86400.0, str(number)) for number in range(3000))
+assert faults.counts() == {"visitors": 1}
+assert tally.today() == 1
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+time.sleep(1)
+print(tally.today(), faults.counts())
+"""
+    assert python(script, tmp_path) == "3001 {'visitors': 1}\n"
+
+
+@pytest.mark.parametrize(
+    "plant", [plant_file, plant_link, plant_open, pytest.param(plant_strangers, marks=as_root)]
+)
+def test_without_a_place_a_process_counts_alone_until_there_is_one(
+    shop: Shop, plant: Callable[[Path], None]
+) -> None:
+    plant(shop.folder)
+    one, two = shop.tally(), shop.tally()
+    for _ in range(3):
+        one.add(at(NOON, range(6000)))
+    two.add(at(NOON, range(5000, 7000)))
+    assert one.today() == 6000
+    assert two.today() == 2000
+    assert shop.fault_count() == 2  # one of each
+    if shop.folder.is_dir() and not shop.folder.is_symlink():
+        shutil.rmtree(shop.folder)
+    else:
+        shop.folder.unlink()
+    assert one.today() == 6000
+    one.add(at(NOON, ["new"]))
+    two.add(at(NOON, ["new"]))
+    assert one.today() == two.today() == 7001
+    assert stored(shop) == (7001, 7001)
+    assert shop.fault_count() == 2
+    shutil.rmtree(shop.folder)
+    shop.folder.write_text("x")
+    assert one.today() == 7001  # what it counted alone is no more of interest
+
+
+@pytest.mark.parametrize("what", ["link", "folder"])
+def test_what_is_in_the_place_of_the_set_is_not_used(shop: Shop, what: str) -> None:
+    path = shop.make_folder() / f"{TODAY}.sqlite3"
+    target = path.with_name("target")
+    target.write_bytes(b"")
+    if what == "link":
+        path.symlink_to(target)
+    else:
+        path.mkdir()
+    tally = shop.tally()
+    tally.add(at(NOON, range(10)))
+    assert tally.today() == 10
+    assert target.read_bytes() == b""
+    assert shop.fault_count() == 1
+
+
+def test_a_place_that_is_lost_leaves_the_last_known_number(shop: Shop) -> None:
+    tally, other = shop.tally(), shop.tally()
+    other.add(at(NOON, range(10)))
+    tally.add(at(NOON, [1, 2]))
+    assert tally.today() == 10
+    aside = shop.folder.with_name("aside")
+    shop.folder.rename(aside)
+    shop.folder.write_text("x")
+    tally.add(at(NOON, ["new"]))
+    assert tally.today() == 10
+    assert shop.fault_count() == 1
+    shop.folder.unlink()
+    aside.rename(shop.folder)
+    time.sleep(1)
+    assert tally.today() == 11
+
+
+def test_without_a_state_directory_nothing_is_shared(shop: Shop) -> None:
+    tally = VisitorTally(None, "shop", shop.faults, clock=shop.clock)
+    assert tally.today() == 0
+    assert shop.fault_count() == 0
+
+    def add(number: int) -> None:
+        for first in range(number * 100, number * 100 + 200, 2):
+            tally.add(at(NOON, [first, first + 1]))
+
+    in_threads(4, add)
+    assert tally.today() == 500
+    assert shop.fault_count() == 1
+    shop.clock.now += DAY
+    assert tally.today() == 0
+    tally.add(at(NOON + DAY, [1]))
+    assert tally.today() == 1
+    tally.close()
+
+
+def test_memory_does_not_grow_with_the_number_of_visitors(shop: Shop) -> None:
+    tally = shop.tally()
+    tally.add((NOON, f"{visitor:>016}") for visitor in range(20_000))
+    tracemalloc.start()
+    tally.add((NOON, f"{visitor:>016}") for visitor in range(200_000))
+    size, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert tally.today() == 200_000
+    assert size < 1e6
+    assert peak < 4e6
