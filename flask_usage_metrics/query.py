@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any, Literal
 
 import msgspec
@@ -74,7 +74,7 @@ class Filter(msgspec.Struct, frozen=True):
         status_classes: frozenset[int] | None = None
         path_prefixes: tuple[str, ...] | None = None
         for name, given in conditions.items():
-            values = _as_tuple(given)
+            values = as_tuple(given)
             if name in EQUALITY_FILTERS:
                 any_of[name] = values
             elif name == "status_class":
@@ -112,6 +112,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         p50: Median of the duration in seconds, estimated inside its bucket as Prometheus does.
         p95: 95th percentile, likewise.
         p99: 99th percentile, likewise.
+        visitors: Number of different identifiers of visitors; None when not asked for.
     """
 
     group: dict[str, Any]
@@ -123,6 +124,14 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     p50: float
     p95: float
     p99: float
+    visitors: int | None = None
+
+
+def as_tuple(given: Any) -> tuple[Any, ...]:
+    """Return the values a filter was given: those of a list, or the one."""
+    if isinstance(given, list | tuple | set | frozenset):
+        return tuple(given)
+    return (given,)
 
 
 def as_utc(moment: datetime | None) -> datetime | None:
@@ -141,6 +150,20 @@ def truncate(moment: datetime, every: Every) -> datetime:
         return start
     start = start.replace(hour=0)
     return start if every == "day" else start.replace(day=1)
+
+
+def next_start(start: datetime, every: Every) -> datetime | None:
+    """Return the start of the next hour, day or month; None after the last there is.
+
+    Args:
+        start: As `truncate` returns it.
+        every: ``"hour"``, ``"day"`` or ``"month"``.
+    """
+    length = {"hour": timedelta(hours=1), "day": timedelta(days=1), "month": timedelta(days=31)}
+    try:
+        return truncate(start + length[every], every)
+    except OverflowError:
+        return None
 
 
 def check_grouping(by: Collection[str], every: str | None) -> tuple[str, ...]:
@@ -198,10 +221,13 @@ def summarize_records(
     fields: Sequence[str],
     every: Every | None,
     bounds: Sequence[float],
+    *,
+    visitors: bool = False,
 ) -> list[Summary]:
     """Add up records by group, for a storage that cannot aggregate by itself.
 
-    Memory grows with the number of groups, not of records.
+    Memory grows with the number of groups, not of records; with `visitors` also with the number of
+    different visitors of each group.
     """
     sums: dict[tuple[Any, ...], _Sums] = {}
     for record in records:
@@ -209,12 +235,14 @@ def summarize_records(
         key = (start, *(getattr(record, field) for field in fields))
         group = sums.get(key)
         if group is None:
-            group = sums[key] = _Sums([0] * (len(bounds) + 1))
+            group = sums[key] = _Sums([0] * (len(bounds) + 1), set())
         group.requests += 1
         group.errors += record.status // 100 == 5
         group.bytes_sent += record.bytes_sent
         group.duration_seconds_sum += record.duration_seconds
         group.counts[bisect_left(bounds, record.duration_seconds)] += 1
+        if visitors and record.visitor is not None:
+            group.visitors.add(record.visitor)
     summaries = [
         make_summary(
             dict(zip(fields, key[1:], strict=True)),
@@ -222,6 +250,7 @@ def summarize_records(
             (group.requests, group.errors, group.bytes_sent, group.duration_seconds_sum),
             group.counts,
             bounds,
+            len(group.visitors) if visitors else None,
         )
         for key, group in sums.items()
     ]
@@ -234,6 +263,7 @@ def make_summary(
     sums: tuple[int, int, int, float],
     counts: Sequence[int],
     bounds: Sequence[float],
+    visitors: int | None = None,
 ) -> Summary:
     """Build a `Summary` from sums and bucket counts.
 
@@ -243,6 +273,7 @@ def make_summary(
         sums: Requests, errors, bytes sent, duration in seconds.
         counts: See `quantile`.
         bounds: See `quantile`.
+        visitors: Number of different visitors; None when it was not asked for.
     """
     requests, errors, bytes_sent, duration_seconds_sum = sums
     return Summary(
@@ -255,21 +286,17 @@ def make_summary(
         p50=quantile(0.5, counts, bounds),
         p95=quantile(0.95, counts, bounds),
         p99=quantile(0.99, counts, bounds),
+        visitors=visitors,
     )
 
 
 class _Sums(msgspec.Struct):
     counts: list[int]
+    visitors: set[str]
     requests: int = 0
     errors: int = 0
     bytes_sent: int = 0
     duration_seconds_sum: float = 0.0
-
-
-def _as_tuple(given: Any) -> tuple[Any, ...]:
-    if isinstance(given, list | tuple | set | frozenset):
-        return tuple(given)
-    return (given,)
 
 
 def _status_class(value: Any) -> int:

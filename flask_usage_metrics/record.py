@@ -49,13 +49,14 @@ class UsageRecord(msgspec.Struct, frozen=True):
         username: Who made the request.
         visitor: Identifier of the visitor.
         track_var: What the view put into ``g.track_var``, as JSON values.
-        trace_id: Trace the request belongs to.
-        span_id: Span of the request.
+        trace_id: Trace the request belongs to, 32 hexadecimal digits.
+        span_id: Span of the request, 16 hexadecimal digits.
         queue_seconds: Seconds the request waited in front of the app, by the proxy's
             X-Request-Start header.
         app: Name of the Flask app.
         process: ``"host:pid"`` of the process that answered.
         consumer: Name of the API client on whose behalf the request was made.
+        parent_span_id: Span of the caller, if it sent one.
     """
 
     id: str
@@ -98,6 +99,7 @@ class UsageRecord(msgspec.Struct, frozen=True):
     process: str
     # With a default, so that what older versions wrote can be read.
     consumer: str | None = None
+    parent_span_id: str | None = None
 
     @property
     def url(self) -> str:

@@ -57,6 +57,7 @@ def make_record(**overrides: Any) -> UsageRecord:
         "app": "shop",
         "process": "web1:4711",
         "consumer": None,
+        "parent_span_id": None,
     }
     return UsageRecord(**(fields | overrides))
 

@@ -18,10 +18,13 @@ from flask_usage_metrics.query import (
     GROUP_FIELDS,
     Filter,
     Summary,
+    as_utc,
     summarize_records,
+    truncate,
 )
 from flask_usage_metrics.record import UsageRecord
 from flask_usage_metrics.storage import Storage
+from flask_usage_metrics.summarization import Summation, sum_up, sumVisitor
 
 SECOND = timedelta(seconds=1)
 END_OF_TIME = datetime.max.replace(tzinfo=UTC)
@@ -114,6 +117,81 @@ def any_records() -> st.SearchStrategy[UsageRecord]:
     )
 
 
+def visits() -> st.SearchStrategy[UsageRecord]:
+    """Return a strategy for records of few people, around the turn of a year."""
+    begin = datetime(2025, 12, 30, 22, tzinfo=UTC)
+    return st.builds(
+        make_record,
+        started_at=st.integers(0, 50 * 3600).map(lambda second: begin + second * SECOND)
+        | st.sampled_from([begin, datetime(2026, 1, 1, tzinfo=UTC)]),
+        endpoint=st.sampled_from(["user", "cart"]),
+        bytes_sent=st.integers(0, 1000),
+        username=st.sampled_from([None, "ann", "Ann", "bob", ""]),
+        visitor=st.sampled_from([None, "v1", "V1", "v2", "", "é", "e\u0301"]),
+        remote_addr=st.sampled_from([None, "203.0.113.7", "2001:db8::1", "2001:DB8::1"]),
+    )
+
+
+def moments() -> st.SearchStrategy[datetime]:
+    """Return a strategy for bounds among the times of `visits`."""
+    begin = datetime(2025, 12, 30, 20, tzinfo=UTC)
+    return st.integers(0, 54 * 3600).map(lambda second: begin + second * SECOND) | st.sampled_from(
+        [
+            begin,
+            datetime(2025, 12, 31, tzinfo=UTC),
+            datetime(2026, 1, 1, tzinfo=UTC),
+            datetime(2026, 1, 1),  # noqa: DTZ001 - naive means UTC
+            datetime(2026, 1, 1, 3, tzinfo=timezone(timedelta(hours=3))),
+            datetime(2025, 12, 1, tzinfo=UTC),
+            END_OF_TIME,
+        ]
+    )
+
+
+def naive_sums(
+    records: list[UsageRecord],
+    start: datetime | None,
+    end: datetime | None,
+    limit: int,
+    page: int,
+    target: str | None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Do what `get_sum` of visitors promises, one record and one bucket at a time."""
+    sums: dict[str, list[dict[str, Any]]] = {}
+    for every, kept in (("hour", 4), ("day", 3), ("month", 2)):
+
+        def bucket(moment: datetime, kept: int = kept) -> datetime:
+            return datetime(*[*moment.timetuple()[:kept], 1][: max(kept, 3)], tzinfo=UTC)
+
+        rows: dict[tuple[datetime, str], dict[str, Any]] = {}
+        for record in records:
+            begin = bucket(record.started_at)
+            if record.visitor is None or target not in (None, record.visitor):
+                continue
+            if start is not None and end is None and begin != bucket(start):
+                continue
+            if start is not None and end is not None and begin < start:
+                continue
+            if end is not None and begin > end:
+                continue
+            row = rows.setdefault(
+                (begin, record.visitor),
+                {
+                    "date": begin.replace(tzinfo=None),
+                    "hits": 0,
+                    "transfer": 0,
+                    "visitor": record.visitor,
+                },
+            )
+            row["hits"] += 1
+            row["transfer"] += record.bytes_sent
+        ordered = sorted(rows.values(), key=lambda row: row["visitor"])
+        ordered.sort(key=lambda row: (row["date"], row["hits"]), reverse=True)
+        pages = [ordered[first : first + limit] for first in range(0, len(ordered), limit or 1)]
+        sums[every] = dict(enumerate(pages, 1)).get(max(page, 1), [])
+    return sums
+
+
 def in_order(records: list[UsageRecord]) -> list[UsageRecord]:
     return sorted(records, key=lambda record: (record.started_at, record.id))
 
@@ -131,6 +209,7 @@ def same(summaries: list[Summary]) -> list[Any]:
             summary.p50,
             summary.p95,
             summary.p99,
+            summary.visitors,
         )
         for summary in summaries
     ]
@@ -154,8 +233,11 @@ class StorageContract:
         assert storage.count() == 0
         assert storage.summarize() == []
         assert storage.summarize((), every="day") == []
+        assert storage.summarize((), visitors=True) == []
         assert storage.get_usage() == []
+        assert storage.get_sum("sumVisitor") == {"hour": [], "day": [], "month": []}
         assert storage.prune(START) == 0
+        assert storage.erase(username="ann") == 0
 
     def test_an_empty_batch_changes_nothing(self, storage: Storage) -> None:
         storage.write([])
@@ -403,6 +485,53 @@ class StorageContract:
             record for record in records if record.path.startswith((prefix, "/Ä"))
         ]
 
+    def test_an_address_is_found_however_it_is_spelled(self, storage: Storage) -> None:
+        new = make_record(remote_addr="2001:db8::1")
+        # As other programs wrote it, before ours did.
+        old = make_record(remote_addr="2001:DB8::1")
+        short = make_record(remote_addr="203.0.113.7")
+        storage.write([new, old, short, make_record(remote_addr=None)])
+        for spelled, found in {
+            "2001:DB8::1": [new, old],
+            "2001:db8::1": [new],
+            "[2001:DB8:0::1%eth0]:443": [new],
+            " ::ffff:203.0.113.7": [short],
+            "203.0.113.7:51234": [short],
+            "203.0.113": [],
+            "": [],
+            "x" * 100_000: [],
+        }.items():
+            assert list(storage.records(remote_addr=spelled)) == found
+            assert storage.count(remote_addr=spelled) == len(found)
+            assert sum(
+                summary.requests for summary in storage.summarize((), remote_addr=spelled)
+            ) == len(found)
+        assert storage.count(remote_addr=["2001:DB8::1", None, "203.0.113.7:1"]) == 4
+        # What else is read is no address.
+        assert storage.count(visitor="2001:DB8::1", path="203.0.113.7:1") == 0
+        assert storage.erase(remote_addr=["::FFFF:203.0.113.7", "2001:DB8::1"]) == 3
+        assert [record.remote_addr for record in storage.records()] == [None]
+
+    def test_a_user_is_found_under_pseudonyms_too(self, storage: Storage) -> None:
+        names = ["ann", "4e07", "ef2d", "bob", "a", None]
+        records = [make_record(username=name, visitor=name) for name in names]
+        storage.write(records)
+        assert storage.count(username="ann") == 1
+        storage.pseudonyms = lambda name: ["4e07", "ef2d"] if name == "ann" else []
+        assert list(storage.records(username="ann")) == records[:3]
+        assert list(storage.records(username=["bob", "ann"])) == records[:4]
+        assert storage.count(username="ann") == 3
+        assert storage.count(username=("ann", None)) == 4
+        assert storage.count(username="bob") == storage.count(username=None) == 1
+        assert storage.count(visitor="ann") == 1
+        groups = [summary.group["username"] for summary in storage.summarize(["username"])]
+        assert sorted(map(str, groups)) == sorted(map(str, names))
+        assert storage.summarize((), username="ann")[0].requests == 3
+        assert storage.get_sum("sumVisitor", target="ann")["day"][0]["hits"] == 1
+        assert storage.erase(username="ann", visitor="ann") == 1
+        assert storage.erase(username="ann") == 2
+        assert list(storage.records()) == records[3:]
+
     # -- sums -----------------------------------------------------------------------------------
 
     @given(
@@ -442,6 +571,38 @@ class StorageContract:
         assert storage.count(**filters) == len(matching)
         expected = summarize_records(matching, by, every, BUCKETS)
         assert same(storage.summarize(by, every=every, **filters)) == same(expected)
+
+    @given(
+        records=st.lists(visits(), max_size=30),
+        by=st.lists(st.sampled_from(["endpoint", "username", "visitor"]), max_size=2, unique=True),
+        every=st.sampled_from([None, "hour", "day", "month"]),
+        endpoint=st.sampled_from(["user", ["user", "cart"]]),
+    )
+    @settings(
+        max_examples=30,
+        deadline=None,
+        database=None,
+        suppress_health_check=SUPPRESSED,
+    )
+    def test_visitors_are_counted_once_a_group(
+        self, storage: Storage, records: list[UsageRecord], by: list[str], every: Any, endpoint: Any
+    ) -> None:
+        storage.prune(END_OF_TIME)
+        storage.write(records)
+        summaries = storage.summarize(by, every=every, visitors=True, endpoint=endpoint)
+        for summary in summaries:
+            seen = {
+                record.visitor
+                for record in records
+                if record.endpoint in endpoint
+                and all(getattr(record, field) == value for field, value in summary.group.items())
+                and (every is None or truncate(record.started_at, every) == summary.start)
+            }
+            assert summary.visitors == len(seen - {None})
+        # Nothing else depends on it.
+        without = storage.summarize(by, every=every, endpoint=endpoint)
+        assert [summary.visitors for summary in without] == [None] * len(summaries)
+        assert same(without) == [(*summary[:-1], None) for summary in same(summaries)]
 
     def test_periods_begin_on_the_hour_the_day_and_the_first(self, storage: Storage) -> None:
         storage.write([make_record(started_at=datetime(2026, 2, 28, 23, 59, 59, 999999, UTC))])
@@ -522,6 +683,138 @@ class StorageContract:
         assert seconds(limit=3, page=0) == seconds(limit=3, page=-5) == [6, 5, 4]
         assert seconds(limit=0) == []
 
+    @given(
+        records=st.lists(visits(), max_size=40),
+        start=st.none() | moments(),
+        end=st.none() | moments(),
+        limit=st.sampled_from([0, 1, 3, 500]),
+        page=st.sampled_from([1, 1, 2, 3, 0, -1]),
+        target=st.sampled_from([None, None, "v1", "é", "", "nobody"]),
+        name=st.sampled_from(["sumVisitor", "sumVisitors", sumVisitor]),
+    )
+    @settings(
+        max_examples=60,
+        deadline=None,
+        database=None,
+        suppress_health_check=SUPPRESSED,
+    )
+    def test_get_sum_is_what_one_counts_by_hand(
+        self,
+        storage: Storage,
+        records: list[UsageRecord],
+        start: datetime | None,
+        end: datetime | None,
+        limit: int,
+        page: int,
+        target: str | None,
+        name: Any,
+    ) -> None:
+        storage.prune(END_OF_TIME)
+        storage.write(records)
+        assert storage.get_sum(name, start, end, limit, page, target) == naive_sums(
+            records, as_utc(start), as_utc(end), limit, page, target
+        )
+
+    def test_get_sum_means_the_hours_days_and_months_flask_track_usage_means(
+        self, storage: Storage
+    ) -> None:
+        moments = [
+            datetime(2026, 1, 31, 23, 59, 59, 999_999, UTC),
+            datetime(2026, 2, 1, tzinfo=UTC),
+            datetime(2026, 2, 1, 0, 30, tzinfo=UTC),
+            datetime(2026, 2, 28, 12, tzinfo=UTC),
+            datetime(2026, 3, 1, tzinfo=UTC),
+        ]
+        storage.write([make_record(started_at=moment, visitor="v") for moment in moments])
+        storage.write([make_record(started_at=moments[2], visitor=None)])
+
+        def dates(**bounds: Any) -> dict[str, list[tuple[str, int]]]:
+            return {
+                every: [(row["date"].strftime("%m-%d %H"), row["hits"]) for row in rows]
+                for every, rows in storage.get_sum(sumVisitor, **bounds).items()
+            }
+
+        [row] = storage.get_sum("sumVisitors", moments[2])["hour"]
+        assert row == {
+            "date": datetime(2026, 2, 1),  # noqa: DTZ001 - naive is the promise
+            "hits": 2,
+            "transfer": 2 * 1234,
+            "visitor": "v",
+        }
+        # Only a start: what contains it.
+        assert dates(start_date=datetime(2026, 2, 1, 0, 59, tzinfo=UTC)) == {
+            "hour": [("02-01 00", 2)],
+            "day": [("02-01 00", 2)],
+            "month": [("02-01 00", 3)],
+        }
+        # Both: what begins between them, and then the whole of it.
+        assert dates(start_date=moments[1], end_date=datetime(2026, 2, 28, 12, 0, tzinfo=UTC)) == {
+            "hour": [("02-28 12", 1), ("02-01 00", 2)],
+            "day": [("02-28 00", 1), ("02-01 00", 2)],
+            "month": [("02-01 00", 3)],
+        }
+        assert dates(start_date=moments[2], end_date=moments[4]) == {
+            "hour": [("03-01 00", 1), ("02-28 12", 1)],
+            "day": [("03-01 00", 1), ("02-28 00", 1)],
+            "month": [("03-01 00", 1)],
+        }
+        assert dates(start_date=moments[4], end_date=moments[0]) == {
+            "hour": [],
+            "day": [],
+            "month": [],
+        }
+        # Only an end.
+        assert dates(end_date=moments[0])["month"] == [("01-01 00", 1)]
+        assert len(dates(end_date=moments[3])["hour"]) == 3
+        # In other words for the same moments.
+        east = timezone(timedelta(hours=14))
+        assert dates(start_date=moments[2].astimezone(east)) == dates(start_date=moments[2])
+        naive = moments[2].replace(tzinfo=None)
+        assert dates(end_date=naive) == dates(end_date=moments[2])
+
+    def test_get_sum_knows_no_end_of_time(self, storage: Storage) -> None:
+        beginning = datetime.min.replace(tzinfo=UTC)
+        records = [make_record(started_at=when, visitor="v") for when in (START, END_OF_TIME)]
+        storage.write(records)
+
+        def hits(start: datetime | None = None, end: datetime | None = None) -> list[int]:
+            sums = storage.get_sum("sumVisitor", start, end)
+            return [sum(row["hits"] for row in rows) for rows in sums.values()]
+
+        assert hits() == hits(None, END_OF_TIME) == hits(beginning, END_OF_TIME) == [2, 2, 2]
+        assert hits(END_OF_TIME) == [1, 1, 1]
+        assert hits(END_OF_TIME, END_OF_TIME) == [0, 0, 0]
+        assert hits(END_OF_TIME.replace(minute=0, second=0, microsecond=0), END_OF_TIME) == [
+            1,
+            0,
+            0,
+        ]
+        assert hits(beginning) == [0, 0, 0]
+
+    def test_get_sum_names_the_value_as_flask_track_usage_does(self, storage: Storage) -> None:
+        storage.write([make_record(consumer="shop", bytes_sent=5)])
+        named = Summation("sumConsumer", "consumer", key="server_name")
+        sums = sum_up(storage.summarize, named, None, None, 500, 1, "shop")
+        assert sums["month"] == [
+            {
+                "date": datetime(2026, 11, 1),  # noqa: DTZ001 - naive is the promise
+                "hits": 1,
+                "transfer": 5,
+                "server_name": "shop",
+            }
+        ]
+
+    @pytest.mark.parametrize(
+        "hook", ["sumUrls", "visitor", "sumVisitorss", "", None, 5, [], Summation("sumX", "path")]
+    )
+    def test_a_sum_that_there_is_not_is_not_implemented(self, storage: Storage, hook: Any) -> None:
+        with pytest.raises(NotImplementedError, match=r"expected sumVisitor$"):
+            storage.get_sum(hook)
+
+    def test_a_sum_of_less_than_nothing_is_refused(self, storage: Storage) -> None:
+        with pytest.raises(ValueError, match="limit must not be negative, but it is -1"):
+            storage.get_sum("sumVisitor", limit=-1)
+
     # -- pruning --------------------------------------------------------------------------------
 
     def test_prune_deletes_what_is_older_and_says_how_many(self, storage: Storage) -> None:
@@ -538,6 +831,159 @@ class StorageContract:
         storage.write(make_records(10_001))
         assert storage.prune(START + 10_000 * SECOND) == 10_000
         assert storage.count() == 1
+
+    # -- erasing --------------------------------------------------------------------------------
+
+    @given(
+        records=st.lists(visits(), max_size=40),
+        whom=st.fixed_dictionaries(
+            {},
+            optional={
+                "username": st.sampled_from(["ann", "", "nobody", ["ann", "bob"], {"Ann"}]),
+                "visitor": st.sampled_from(["v1", "é", ["V1", "v2", ""], ("nobody",)]),
+                "remote_addr": st.sampled_from(
+                    ["203.0.113.7:80", "2001:DB8::1", "2001:db8::1", ["203.0.113.7", "x"]]
+                ),
+            },
+        ).filter(bool),
+    )
+    @settings(
+        max_examples=40,
+        deadline=None,
+        database=None,
+        suppress_health_check=SUPPRESSED,
+    )
+    def test_erase_deletes_exactly_what_count_counts(
+        self, storage: Storage, records: list[UsageRecord], whom: dict[str, Any]
+    ) -> None:
+        storage.prune(END_OF_TIME)
+        storage.write(records)
+        doomed = list(storage.records(**whom))
+        assert storage.count(**whom) == len(doomed)
+        assert storage.erase(**whom) == len(doomed)
+        left = [record for record in in_order(records) if record not in doomed]
+        assert list(storage.records()) == left
+        assert list(storage.records(order="newest")) == left[::-1]
+        assert storage.count() == len(left)
+        assert storage.erase(**whom) == storage.count(**whom) == 0
+
+    def test_an_erased_record_can_be_written_again(self, storage: Storage) -> None:
+        records = make_records(3, username="ann")
+        storage.write(records)
+        assert storage.erase(username="ann") == 3
+        storage.write(records[1:])
+        assert list(storage.records()) == records[1:]
+
+    @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+    @pytest.mark.parametrize("field", ["username", "visitor", "remote_addr"])
+    def test_hostile_text_erases_nobody_else(self, storage: Storage, text: str, field: str) -> None:
+        others = [f"{text}x", text[:-1] + "\u00df", text.swapcase() + "?", "%", "*", None]
+        storage.write([make_record(**{field: text}) for _ in range(2)])
+        storage.write(rest := [make_record(**{field: other}) for other in others])
+        assert storage.erase(**{field: text}) == 2
+        assert list(storage.records()) == rest
+
+    def test_erase_takes_any_number_of_names_and_what_no_record_can_hold(
+        self, storage: Storage
+    ) -> None:
+        storage.write([make_record(username=name) for name in ("ann", "bob", "x", "")])
+        assert storage.erase(username=["\ud800", "ann\0", "ANN", " ann", "an"]) == 0
+        assert storage.erase(username=[*map(str, range(40_000)), "bob", "\ud800", "ann"]) == 2
+        assert [record.username for record in storage.records()] == ["x", ""]
+
+    def test_who_is_unknown_is_nobody(self, storage: Storage) -> None:
+        records = [make_record(), make_record(username="ann", visitor="v")]
+        storage.write(records)
+        with pytest.raises(ValueError, match="needs a username, a visitor or a remote_addr"):
+            storage.erase()
+        for field in ("username", "visitor", "remote_addr"):
+            wrong: Any
+            for wrong in (None, [None], ["ann", None], (None, "v"), {None}):
+                with pytest.raises(ValueError, match=f"{field} must not be None"):
+                    storage.erase(**{field: wrong})
+            for wrong in ([], (), set(), frozenset()):
+                with pytest.raises(ValueError, match=f"{field} must not be an empty list"):
+                    storage.erase(**{field: wrong})
+            for wrong in (5, ["ann", 5], b"ann", {"ann": 1}, True):
+                with pytest.raises(TypeError, match=f"{field} must be a str, not "):
+                    storage.erase(**{field: wrong})
+        with pytest.raises(ValueError, match="visitor must not be None"):
+            storage.erase(username="ann", visitor=None)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="remote_addr must not be an empty list"):
+            storage.erase(username="ann", remote_addr=[])
+        with pytest.raises(TypeError):
+            storage.erase(status=200)  # type: ignore[call-arg]
+        assert list(storage.records()) == records
+
+    def test_a_wrong_pseudonym_erases_nobody_else(self, storage: Storage) -> None:
+        storage.write(records := [make_record(username=name) for name in ("a", None, "4e07")])
+        for wrong in ([None], ["4e07", None], None):
+            storage.pseudonyms = lambda name, wrong=wrong: wrong
+            with pytest.raises(ValueError, match="username must not be None"):
+                storage.erase(username="ann")
+        assert list(storage.records()) == records
+        # One text is one name, not one for each of its characters.
+        storage.pseudonyms = lambda name: "4e07a"
+        assert storage.erase(username="ann") == 0
+        storage.pseudonyms = lambda name: "4e07"
+        assert storage.erase(username="ann") == 1
+
+    def test_erase_deletes_any_number(self, storage: Storage) -> None:
+        records = make_records(10_001, username="ann")
+        others = [make_record(started_at=record.started_at) for record in records[::7]]
+        for start in range(0, len(records), 700):
+            storage.write([*records[start : start + 700], *others[start // 7 : start // 7 + 100]])
+        assert storage.count() == 10_001 + 1_429
+        assert storage.erase(username="ann") == 10_001
+        assert list(storage.records()) == others
+
+    def test_erasing_while_others_write_loses_nothing_of_others(self, storage: Storage) -> None:
+        storage.write(make_records(50, username="ann"))
+        kept: list[UsageRecord] = []
+        written = 50
+        errors: list[BaseException] = []
+        done = threading.Event()
+
+        def write() -> None:
+            nonlocal written
+            try:
+                for _ in range(40):
+                    batch = [make_record(username=name) for name in ["ann", "bob"] * 5]
+                    storage.write(batch)
+                    written += 5
+                    kept.extend(record for record in batch if record.username == "bob")
+            except BaseException as error:  # noqa: BLE001 - the test tells it
+                errors.append(error)
+            finally:
+                done.set()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        erased = 0
+        while not done.is_set():
+            erased += storage.erase(username="ann")
+        writer.join()
+        assert errors == []
+        assert erased + storage.count(username="ann") == written
+        storage.erase(username="ann")
+        assert list(storage.records()) == in_order(kept)
+
+    def test_two_may_erase_at_once(self, storage: Storage) -> None:
+        for _ in range(5):
+            storage.write(make_records(200, username="ann"))
+            storage.write(make_records(10, username="bob"))
+        erased: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: erased.append(storage.erase(username="ann")))
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(erased) == 3
+        assert sum(erased) == 1_000
+        assert storage.count() == storage.count(username="bob") == 50
 
     # -- together -------------------------------------------------------------------------------
 

@@ -105,6 +105,28 @@ def test_a_record_written_twice_at_a_distance_is_read_once(storage: JSONLinesSto
     assert storage.count() == 8
 
 
+def test_erase_leaves_lines_that_are_no_records(storage: JSONLinesStorage, file: Path) -> None:
+    ann, bob = make_record(username="ann"), make_record(username="bob")
+    storage.write([ann, bob])
+    broken = b'{"username": "ann", "id": 5}\nann\n'
+    with file.open("ab") as other:
+        other.write(broken)
+    size = file.stat().st_size
+    assert storage.erase(username="nobody") == 0
+    assert file.stat().st_size == size
+    assert storage.erase(username="ann") == 1
+    assert list(storage.records()) == [bob]
+    assert file.read_bytes().endswith(broken)
+    assert ann.id.encode() not in file.read_bytes()
+    assert [path.name for path in file.parent.iterdir()] == ["usage.jsonl"]
+
+
+def test_prune_without_a_time_deletes_nothing(storage: JSONLinesStorage) -> None:
+    storage.write([make_record()])
+    assert storage.prune(None) == 0  # type: ignore[arg-type]
+    assert storage.count() == 1
+
+
 FILL = """
 import resource, sys
 from records import make_records
@@ -144,6 +166,8 @@ def test_a_path_that_cannot_be_is_unavailable(tmp_path: Path) -> None:
             storage.count()
         with pytest.raises(StorageUnavailable, match="directory"):
             storage.prune(START)
+        with pytest.raises(StorageUnavailable, match="directory"):
+            storage.erase(username="ann")
 
 
 def test_a_file_that_goes_away_is_made_again(storage: JSONLinesStorage, file: Path) -> None:

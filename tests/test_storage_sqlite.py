@@ -570,6 +570,259 @@ def test_metadata_of_the_caller_describes_the_table(tmp_path: Path) -> None:
     assert SQLStorage(engine).count() == 2
 
 
+# -- what is deleted is gone --------------------------------------------------------------------
+
+
+def without_secure_delete(engine: sa.Engine, *, mode: str = "OFF") -> None:
+    """Have new connections begin as those of a SQLite that was built without it."""
+
+    @sa.event.listens_for(engine, "connect", insert=True)
+    def switch_off(connection: sqlite3.Connection, _: Any) -> None:
+        connection.execute(f"PRAGMA secure_delete={mode}").close()
+
+
+def told_by(engine: sa.Engine) -> tuple[int, str]:
+    with engine.connect() as connection:
+        return (
+            connection.exec_driver_sql("PRAGMA secure_delete").scalar_one(),
+            connection.exec_driver_sql("PRAGMA journal_mode").scalar_one(),
+        )
+
+
+def left_of(marker: bytes, file: Path) -> list[str]:
+    """Return which files of a database hold some bytes."""
+    paths = sorted(file.parent.glob(f"{file.name}*"))
+    assert file in paths
+    return [path.name for path in paths if marker in path.read_bytes()]
+
+
+def write_marked(storage: SQLStorage) -> None:
+    """Write records of ann, which hold a marker, and of others: some long, some in a row."""
+    marker = "M4RK3R"
+    # Not among the first rows, of which SQLite makes copies when the table outgrows one page.
+    storage.write(make_records(30, username="bob", path="/kept"))
+    for number in range(40):
+        storage.write(
+            [
+                make_record(
+                    username="ann" if ann else "bob",
+                    path=f"/{marker}" if ann else "/kept",
+                    user_agent=f"{marker} " * (1 if number % 9 else 900) if ann else "kept",
+                    track_var={marker: [marker]} if ann else {"kept": "x" * 50},
+                )
+                for ann in (number % 3 == row % 2 or number in (20, 21) for row in range(30))
+            ]
+        )
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs", "theirs with a log"])
+def test_the_bytes_of_what_is_erased_are_gone_from_the_file(tmp_path: Path, whose: str) -> None:
+    file = tmp_path / "usage.sqlite3"
+    if whose == "ours":
+        storage = SQLStorage.from_url(f"sqlite:///{file}")
+    else:
+        storage = SQLStorage(sa.create_engine(f"sqlite:///{file}"))
+    engine = storage._reach()
+    without_secure_delete(engine)
+    if whose == "theirs with a log":
+        with engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+    before = told_by(engine)
+    assert before == {
+        "ours": (1, "delete"),
+        "theirs": (0, "delete"),
+        "theirs with a log": (0, "wal"),
+    }.get(whose)
+    write_marked(storage)
+    assert left_of(b"M4RK3R", file) != []
+    count = storage.count(username="ann")
+    assert 400 < count == storage.erase(username="ann")
+    assert left_of(b"M4RK3R", file) == []
+    assert storage.count() == storage.count(username="bob") == 1_230 - count
+    assert told_by(engine)[0] == before[0]
+    engine.dispose()
+    assert left_of(b"M4RK3R", file) == []
+    assert left_of(b"/kept", file) == ["usage.sqlite3"]
+
+
+def test_the_bytes_of_what_is_pruned_are_gone_too(storage: SQLStorage, file: Path) -> None:
+    # Also of the first rows, of which SQLite makes copies when the table outgrows one page.
+    without_secure_delete(storage._reach())
+    storage.write(make_records(2_000, path="/M4RK3R"))
+    storage.write(make_records(2_000, path="/kept", step=timedelta(days=1)))
+    assert storage.prune(START + timedelta(days=1)) == 2_001
+    assert left_of(b"M4RK3R", file) == []
+    assert storage.count(path="/kept") == 1_999
+
+
+def test_erasing_nothing_still_empties_the_log_a_reader_kept(
+    storage: SQLStorage, file: Path
+) -> None:
+    storage.write([make_record(username="ann", path="/M4RK3R")])
+    without_waiting = SQLStorage.from_url(f"sqlite:///{file}?timeout=0.05")
+    with plain(file) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM flask_usage").fetchone()
+        assert without_waiting.erase(username="ann") == 1
+        assert left_of(b"M4RK3R", file) != []
+        reader.execute("COMMIT")
+    assert storage.count() == 0
+    assert storage.erase(username="ann") == 0
+    assert left_of(b"M4RK3R", file) == []
+    without_waiting.close()
+
+
+@pytest.mark.parametrize("mode", ["OFF", "ON", "FAST"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_erase_leaves_the_engine_of_the_caller_as_it_was(
+    tmp_path: Path, mode: str, fails: bool
+) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/usage.sqlite3", pool_size=1, max_overflow=0)
+    without_secure_delete(engine, mode=mode)
+    before = told_by(engine)
+    assert before[0] == ("OFF", "ON", "FAST").index(mode)
+    storage = SQLStorage(engine)
+    storage.write([make_record(username="ann"), make_record()])
+    during: list[int] = []
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def look(connection: Any, cursor: sqlite3.Cursor, statement: str, *_: Any) -> None:
+        if statement.startswith("DELETE"):
+            look_on = cursor.connection.execute("PRAGMA secure_delete")
+            during.append(look_on.fetchone()[0])
+            look_on.close()
+            if fails:
+                raise sa.exc.OperationalError(statement, None, sqlite3.OperationalError("disk"))
+
+    if fails:
+        with pytest.raises(StorageUnavailable, match="disk"):
+            storage.erase(username="ann")
+    else:
+        assert storage.erase(username="ann") == 1
+    assert during == [1]
+    assert told_by(engine) == before
+    assert storage.count() == (2 if fails else 1)
+    engine.dispose()
+
+
+def test_an_engine_that_begins_transactions_itself_can_be_erased_from(tmp_path: Path) -> None:
+    # As SQLAlchemy's page on pysqlite advises: then also reading takes part in a transaction.
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/usage.sqlite3")
+
+    @sa.event.listens_for(engine, "connect")
+    def leave_it_to_us(connection: sqlite3.Connection, _: Any) -> None:
+        connection.isolation_level = None
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    with closing(tmp_path / "usage.sqlite3") as ours:
+        ours.write([make_record(username=name) for name in ("ann", "bob")])
+        assert SQLStorage(engine).erase(username="ann") == 1
+        assert [record.username for record in ours.records()] == ["bob"]
+    engine.dispose()
+
+
+def test_erase_walks_by_the_primary_key_and_writes_only_where_it_must(
+    storage: SQLStorage, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.DELETED_AT_ONCE", 10)
+    names = ["ann" if number in (35, 36, 80) else "bob" for number in range(95)]
+    storage.write([make_record(username=name) for name in names])
+    statements: list[tuple[str, Any]] = []
+    transactions: list[int] = []
+    engine = storage._reach()
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def keep(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "PRAGMA" not in statement:
+            statements.append((statement, parameters))
+
+    sa.event.listen(engine, "commit", lambda _: transactions.append(len(statements)))
+    assert storage.erase(username="ann") == 3
+    verbs = [statement[:6] for statement, _ in statements]
+    assert verbs == ["SELECT"] * 5 + ["DELETE"] + ["SELECT"] * 5 + ["DELETE"] + ["SELECT"]
+    assert transactions[:13] == list(range(1, 14))
+    with plain(file) as connection:
+        for statement, parameters in statements[1:]:
+            plan = str(connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall())
+            assert "USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)" in plan
+            assert "ORDER BY" not in plan
+    assert storage.count() == storage.count(username="bob") == 92
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5_000])
+def test_any_key_a_row_can_have_is_walked_to(
+    old: Path, storage: SQLStorage, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.DELETED_AT_ONCE", at_once)
+    keys = (-(2**63), -5, 0, 2**62, 2**63 - 1)
+    with plain(old) as connection:
+        for key in keys:
+            connection.execute(
+                "INSERT INTO flask_usage (id, username, datetime) VALUES (?, 'ann', '2018-01-01')",
+                (key,),
+            )
+        connection.execute("INSERT INTO flask_usage (id, username) VALUES (7, 'ann')")
+    assert storage.count(username="ann") == 5
+    assert storage.erase(username="ann") == 5
+    assert storage.count() == 5
+
+
+def test_writers_get_their_turn_while_somebody_is_erased(file: Path) -> None:
+    with closing(file) as storage, closing(file, timeout=0.5) as hasty:
+        for _ in range(6):
+            storage.write(make_records(5_000, username="ann"))
+        done = threading.Event()
+        written = 0
+
+        def write() -> None:
+            nonlocal written
+            while not done.is_set():
+                hasty.write([make_record(username="bob")])
+                written += 1
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert storage.erase(username="ann") == 30_000
+        during = written
+        done.set()
+        writer.join()
+        assert during > 3
+        assert storage.count() == written
+
+
+def test_erase_needs_no_table_and_makes_none(file: Path, storage: SQLStorage) -> None:
+    assert storage.erase(username="ann") == 0
+    assert not file.parent.exists()
+    storage.write([make_record()])
+    with plain(file) as connection:
+        connection.execute("DROP TABLE flask_usage")
+        assert storage.erase(username="ann") == 0
+        assert connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+
+
+def test_a_locked_database_cannot_be_erased_from_now(file: Path) -> None:
+    with closing(file, timeout=0.1) as storage:
+        storage.write([make_record(username="ann")])
+        with plain(file) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            with pytest.raises(StorageUnavailable, match="locked"):
+                storage.erase(username="ann")
+        assert storage.erase(username="ann") == 1
+
+
+def test_visitors_are_counted_only_when_asked_for(storage: SQLStorage) -> None:
+    storage.write([make_record(visitor="v")])
+    statements: list[str] = []
+    engine = storage._reach()
+    sa.event.listen(engine, "before_cursor_execute", lambda *event: statements.append(event[2]))
+    storage.summarize(())
+    storage.summarize((), visitors=True)
+    assert ["DISTINCT" in statement for statement in statements] == [False, True]
+
+
 # -- processes ----------------------------------------------------------------------------------
 
 WRITER = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import sys
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import pytest
 from records import START, make_record, make_records
 
 from flask_usage_metrics.errors import ConfigError, RecordsRejected
+from flask_usage_metrics.query import Every, Filter, Order, Summary, summarize_records
+from flask_usage_metrics.record import UsageRecord
 from flask_usage_metrics.storage import Storage, Writer, as_writer, open_storage
-from flask_usage_metrics.storage.base import CallableWriter, UserAgent
+from flask_usage_metrics.storage.base import CallableWriter
 from flask_usage_metrics.storage.jsonl import JSONLinesStorage
 from flask_usage_metrics.storage.output import OutputWriter
 from flask_usage_metrics.storage.printer import PrintStorage, PrintWriter
+from flask_usage_metrics.storage.shapes import UserAgent
 from flask_usage_metrics.storage.sql import SQLStorage
 
 KEYS_OF_FLASK_TRACK_USAGE = {
@@ -180,6 +184,44 @@ def test_a_subclass_written_for_flask_track_usage_works() -> None:
         next(iter(storage.records()))
     with pytest.raises(NotImplementedError, match=r"Remembering does not offer prune\(\)"):
         storage.prune(START)
+    with pytest.raises(NotImplementedError, match=r"Remembering does not offer erase\(\)"):
+        storage.erase(username="ann")
+    with pytest.raises(ValueError, match="username must not be None"):
+        storage.erase(username=None)  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match=r"Remembering does not offer records\(\)"):
+        storage.get_sum("sumVisitor")
+
+
+class Adding(Storage):
+    """As written before there were visitors: reads by `select`, adds up by an own `aggregate`."""
+
+    def __init__(self) -> None:
+        """Without calling the base class."""
+        self.kept: list[UsageRecord] = []
+
+    def write(self, batch: Sequence[UsageRecord]) -> None:
+        self.kept.extend(batch)
+
+    def select(self, wanted: Filter, order: Order, limit: int | None) -> Iterator[UsageRecord]:
+        assert limit is None
+        return (record for record in self.kept if wanted.matches(record))
+
+    def aggregate(  # type: ignore[override]
+        self, wanted: Filter, fields: Sequence[str], every: Every | None
+    ) -> list[Summary]:
+        records = self.select(wanted, "oldest", None)
+        return summarize_records(records, fields, every, self.bounds)
+
+
+def test_a_storage_that_adds_up_by_itself_need_not_know_of_visitors() -> None:
+    storage = Adding()
+    storage.write([make_record(visitor="v"), make_record(visitor="w", remote_addr="2001:db8::1")])
+    [summary] = storage.summarize(())
+    assert (summary.requests, summary.visitors) == (2, None)
+    assert storage.summarize((), remote_addr="2001:DB8::1", visitors=False)[0].requests == 1
+    assert [row["visitor"] for row in storage.get_sum("sumVisitor")["hour"]] == ["v", "w"]
+    with pytest.raises(TypeError, match="visitors"):
+        storage.summarize((), visitors=True)
 
 
 def test_a_storage_without_a_name_is_named_after_its_class() -> None:

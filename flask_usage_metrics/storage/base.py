@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from itertools import islice
 from typing import Any, cast
-from urllib.parse import parse_qsl
 
+import msgspec
+
+from flask_usage_metrics.address import normalise
 from flask_usage_metrics.errors import RecordsRejected
 from flask_usage_metrics.query import (
     BUCKETS,
@@ -15,64 +17,14 @@ from flask_usage_metrics.query import (
     Filter,
     Order,
     Summary,
+    as_tuple,
     as_utc,
     check_grouping,
     summarize_records,
 )
 from flask_usage_metrics.record import UsageRecord
-
-
-class UserAgent:
-    """The client as flask-track-usage described it; prints as the User-Agent header.
-
-    Attributes:
-        browser: Such as ``"Chrome"``, or None.
-        version: Major version, or None.
-        platform: Operating system, such as ``"Windows"``, or None.
-        language: First choice of Accept-Language, or None.
-        string: The header; ``""`` if none came.
-    """
-
-    __slots__ = ("browser", "language", "platform", "string", "version")
-
-    def __init__(self, record: UsageRecord) -> None:
-        self.browser = record.browser
-        self.version = record.browser_version
-        self.platform = record.platform
-        self.language = record.language
-        self.string = record.user_agent or ""
-
-    def __str__(self) -> str:
-        return self.string
-
-    def __repr__(self) -> str:
-        return f"<UserAgent {self.browser!r}/{self.version!r}>"
-
-
-def as_dict(record: UsageRecord) -> dict[str, Any]:
-    """Return a record as the dict a custom storage is given, made afresh.
-
-    It has the 18 keys of flask-track-usage, and every field of `UsageRecord` under its own name
-    (``user_agent`` is the `UserAgent`, which prints as the header).
-    """
-    fields = {name: getattr(record, name) for name in UsageRecord.__struct_fields__}
-    for name in ("view_args", "ip_info", "track_var"):
-        fields[name] = _copy(fields[name])
-    url_args: dict[str, str] = {}
-    for key, value in parse_qsl(record.query, keep_blank_values=True):
-        url_args.setdefault(key, value)
-    fields.update(
-        url=record.url,
-        user_agent=UserAgent(record),
-        server_name=record.app,
-        xforwardedfor=record.forwarded_for,
-        speed=record.duration_seconds,
-        date=int(record.started_at.timestamp()),
-        content_length=record.bytes_sent,
-        request=f"{record.method} {record.url} {record.protocol}",
-        url_args=url_args,
-    )
-    return fields
+from flask_usage_metrics.storage.shapes import as_dict, as_usage_item
+from flask_usage_metrics.summarization import Summation, find_summation, sum_up
 
 
 class _ClassName:
@@ -169,15 +121,18 @@ class CallableWriter(Writer):
 class Storage(Writer):
     """Something records can also be read from.
 
-    A subclass implements `select` and `prune`; everything else is derived from these, and may be
-    overridden by something faster. A subclass that came from flask-track-usage overrides only
-    `set_up`, `store` and `_get_usage`; then only `get_usage` can be read.
+    A subclass implements `select`, `prune` and `delete`; everything else is derived from these,
+    and may be overridden by something faster. A subclass that came from flask-track-usage
+    overrides only `set_up`, `store` and `_get_usage`; then only `get_usage` can be read.
 
     Attributes:
         bounds: Upper bounds of the buckets that quantiles are estimated from, in seconds.
+        pseudonyms: Returns other names a user's records may be kept under; set by the extension
+            when user names are pseudonymised.
     """
 
     bounds: Sequence[float] = BUCKETS
+    pseudonyms: Callable[[str], Sequence[str]] | None = None
 
     def select(self, wanted: Filter, order: Order, limit: int | None) -> Iterator[UsageRecord]:
         """Yield the wanted records by (started_at, id); for subclasses."""
@@ -202,8 +157,10 @@ class Storage(Writer):
             order: ``"oldest"`` or ``"newest"`` first.
             limit: At most so many; None: all.
             **filters: Field = value, or = a list of which any may hold: endpoint, method, status,
-                country, client, path, username, blueprint, visitor, trace_id; also
-                ``status_class="5xx"`` and ``path_prefix="/api/"``. None means unknown.
+                country, client, path, username, blueprint, visitor, trace_id, remote_addr,
+                consumer; also ``status_class="5xx"`` and ``path_prefix="/api/"``. None means
+                unknown. An address may be spelled in any way; a user's name also finds what is
+                kept under its pseudonyms.
 
         Raises:
             StorageUnavailable: The storage cannot be read now.
@@ -214,7 +171,38 @@ class Storage(Writer):
             raise ValueError(f"order must be 'oldest' or 'newest', not {order!r}")
         if limit is not None and limit < 0:
             raise ValueError(f"limit must not be negative, but it is {limit}")
-        return self.select(Filter.parse(since, until, filters), order, limit)
+        return self.select(self.wanted(since, until, filters), order, limit)
+
+    def wanted(
+        self, since: datetime | None, until: datetime | None, conditions: dict[str, Any]
+    ) -> Filter:
+        """Check the arguments of a read call; for subclasses that override one.
+
+        Args:
+            since: As in `records`.
+            until: As in `records`.
+            conditions: The filters. An address or a user name is also looked for under what else
+                the storage may hold it as.
+
+        Raises:
+            TypeError: A filter is not known.
+            ValueError: A status class is not known.
+        """
+        wanted = Filter.parse(since, until, conditions)
+        aliases = {
+            field: (*values, *(alias for value in values for alias in self._aliases(field, value)))
+            for field, values in wanted.any_of.items()
+        }
+        return msgspec.structs.replace(wanted, any_of=aliases)
+
+    def _aliases(self, field: str, value: Any) -> Sequence[Any]:
+        if isinstance(value, str):
+            if field == "remote_addr":
+                address = normalise(value)
+                return () if address is None else (address,)
+            if field == "username" and self.pseudonyms is not None:
+                return as_tuple(self.pseudonyms(value))
+        return ()
 
     def count(
         self, since: datetime | None = None, until: datetime | None = None, **filters: Any
@@ -229,6 +217,7 @@ class Storage(Writer):
         until: datetime | None = None,
         *,
         every: Every | None = None,
+        visitors: bool = False,
         **filters: Any,
     ) -> list[Summary]:
         """Add up the records by group, and by hour, day or month (UTC) if asked for.
@@ -238,6 +227,9 @@ class Storage(Writer):
             since: As in `records`.
             until: As in `records`.
             every: ``"hour"``, ``"day"``, ``"month"`` or None.
+            visitors: Also count the different identifiers of visitors, which costs more time and
+                memory. Those of ``TRACK_USAGE_VISITORS="daily"`` change each day: over several
+                days the figure is a sum of daily ones. With ``every="day"`` they are seen apart.
             **filters: As in `records`.
 
         Returns:
@@ -249,14 +241,61 @@ class Storage(Writer):
             ValueError: A field or period is not known.
         """
         fields = check_grouping(by, every)
-        return self.aggregate(Filter.parse(since, until, filters), fields, every)
+        wanted = self.wanted(since, until, filters)
+        if visitors:
+            return self.aggregate(wanted, fields, every, visitors=True)
+        # Without the keyword: a subclass may have been written when there was none.
+        return self.aggregate(wanted, fields, every)
 
     def aggregate(
-        self, wanted: Filter, fields: Sequence[str], every: Every | None
+        self,
+        wanted: Filter,
+        fields: Sequence[str],
+        every: Every | None,
+        *,
+        visitors: bool = False,
     ) -> list[Summary]:
         """Do the work of `summarize`; for subclasses that can do it faster."""
         records = self.select(wanted, "oldest", None)
-        return summarize_records(records, fields, every, self.bounds)
+        return summarize_records(records, fields, every, self.bounds, visitors=visitors)
+
+    def get_sum(
+        self,
+        hook: Summation | str,
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
+        limit: int = 500,
+        page: int = 1,
+        target: str | None = None,
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Return flask-track-usage's sums: hits and bytes by hour, day and month (UTC).
+
+        They are made of the records, so a pruned or erased one is in none. Of an hour, day or month
+        that is meant all records count. Memory grows with the number of rows there are, whatever
+        the limit.
+
+        Args:
+            hook: One of `flask_usage_metrics.summarization`, or its name: ``sumVisitor``, also
+                documented as ``"sumVisitors"``.
+            start_date: Without `end_date`: the hour, the day and the month that contain it. With
+                it: those that begin then or later. Naive means UTC; None: from the first.
+            end_date: Those that begin then or earlier. Naive means UTC; None: to the last.
+            limit: Rows a page, of each list.
+            page: Page number, from 1; smaller ones mean 1.
+            target: Only this value; None: all that are known.
+
+        Returns:
+            For ``"hour"``, ``"day"`` and ``"month"`` a list, the newest first, then the busiest,
+            of dicts with the keys date (its start, naive UTC), hits, transfer (bytes) and the
+            field's name, such as visitor.
+
+        Raises:
+            NotImplementedError: There is no such hook.
+            StorageUnavailable: The storage cannot be read now.
+            ValueError: The limit is negative.
+        """
+        summation = find_summation(hook)
+        return sum_up(self.summarize, summation, start_date, end_date, limit, page, target)
 
     def get_usage(
         self,
@@ -297,7 +336,7 @@ class Storage(Writer):
         until = None if end is None or end == last else end + timedelta(microseconds=1)
         first = (max(page, 1) - 1) * limit
         records = self.records(start_date, until, order="newest", limit=first + limit)
-        return [_usage_item(record) for record in islice(records, first, None)]
+        return [as_usage_item(record) for record in islice(records, first, None)]
 
     def prune(self, before: datetime) -> int:
         """Delete the records with ``started_at < before`` and return how many these were.
@@ -307,38 +346,58 @@ class Storage(Writer):
         """
         raise NotImplementedError(f"{type(self).__name__} does not offer prune()")
 
+    def erase(
+        self,
+        *,
+        username: str | Collection[str] | msgspec.UnsetType = msgspec.UNSET,
+        visitor: str | Collection[str] | msgspec.UnsetType = msgspec.UNSET,
+        remote_addr: str | Collection[str] | msgspec.UnsetType = msgspec.UNSET,
+    ) -> int:
+        """Delete all records of somebody (GDPR, Art. 17) and return how many these were.
+
+        These are exactly the records that `records` yields for the same arguments: look at `count`
+        first. Call `TrackUsage.flush` before: what still waits to be written is not erased.
+
+        Args:
+            username: A name, or a list of which any may hold, as in `records`; given together with
+                others, all must hold.
+            visitor: Likewise, identifiers of visitors.
+            remote_addr: Likewise, addresses.
+
+        Raises:
+            NotImplementedError: The storage does not offer it.
+            StorageUnavailable: The storage cannot be reached now. Some records may be deleted:
+                call it again.
+            TypeError: A value is no text: it would be found nowhere.
+            ValueError: Nothing is given, or None or an empty list: who is unknown is nobody.
+        """
+        given = {"username": username, "visitor": visitor, "remote_addr": remote_addr}
+        wanted = self.wanted(
+            None,
+            None,
+            {field: value for field, value in given.items() if value is not msgspec.UNSET},
+        )
+        if not wanted.any_of:
+            raise ValueError("erase() needs a username, a visitor or a remote_addr")
+        # Looked at after aliases were added: none of these may be somebody else, either.
+        for field, values in wanted.any_of.items():
+            if not values:
+                raise ValueError(f"{field} must not be an empty list")
+            for value in values:
+                if value is None:
+                    raise ValueError(f"{field} must not be None, which is nobody's")
+                if not isinstance(value, str):
+                    raise TypeError(f"{field} must be a str, not {type(value).__name__}")
+        return self.delete(wanted)
+
+    def delete(self, wanted: Filter) -> int:
+        """Delete the wanted records and return how many these were; for subclasses.
+
+        Raises:
+            StorageUnavailable: The storage cannot be reached now; some may be deleted.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not offer erase()")
+
 
 def _clean_name(name: str) -> str:
     return "".join(character if character.isprintable() else "_" for character in name[:64])
-
-
-def _usage_item(record: UsageRecord) -> dict[str, Any]:
-    return {
-        "url": record.url,
-        "user_agent": {
-            "browser": record.browser,
-            "language": record.language,
-            "platform": record.platform,
-            "version": record.browser_version,
-        },
-        "blueprint": record.blueprint,
-        "view_args": record.view_args or None,
-        "status": record.status,
-        "remote_addr": record.remote_addr,
-        "xforwardedfor": record.forwarded_for,
-        "authorization": record.authorization,
-        "ip_info": record.ip_info,
-        "path": record.path,
-        "speed": record.duration_seconds,
-        "date": record.started_at.replace(tzinfo=None),
-        "username": record.username,
-        "track_var": record.track_var or None,
-    }
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_copy(inner) for inner in value]
-    return value

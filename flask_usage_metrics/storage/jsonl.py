@@ -37,8 +37,8 @@ class JSONLinesStorage(Storage):
     Any number of threads and processes of one host may append to and prune the same file: each
     batch is appended whole, under a lock (``flock``). Lines are in the order of writing. A line
     that is not a record, such as one cut short by a crash, is skipped by readers and kept by
-    `prune`; a record that is in the file twice is read once. Nothing is synced to the disk by
-    `write`: a crash of the process loses nothing, one of the machine may.
+    `prune` and `erase`; a record that is in the file twice is read once. Nothing is synced to the
+    disk by `write`: a crash of the process loses nothing, one of the machine may.
 
     Memory for reading grows by about 50 bytes for each wanted record (not for each one in the
     file), because these have to be sorted; the records themselves are read one by one.
@@ -101,14 +101,26 @@ class JSONLinesStorage(Storage):
     def prune(self, before: datetime) -> int:
         """Delete the records with ``started_at < before`` and return how many these were.
 
-        What remains is written to a new file beside the old one, which it then replaces: it
-        needs that much space on the disk. Writers wait meanwhile; readers keep the old file.
-        Memory grows by about 150 bytes a deleted record, to count none of them twice.
+        As `delete` does it.
 
         Raises:
             StorageUnavailable: The file cannot be read, or the new one not be written, now.
         """
         limit = as_utc(before)
+        # Without a limit, a filter would be for all records.
+        return 0 if limit is None else self.delete(Filter(until=limit))
+
+    def delete(self, wanted: Filter) -> int:
+        """Delete the wanted records and return how many these were.
+
+        What remains is written to a new file beside the old one, which it then replaces: it
+        needs that much space on the disk. Writers wait meanwhile; readers keep the old file.
+        Memory grows by about 150 bytes a deleted record, to count none of them twice. Lines that
+        are no records remain, whatever they hold.
+
+        Raises:
+            StorageUnavailable: The file cannot be read, or the new one not be written, now.
+        """
         gone: set[str] = set()
         with _unavailable_if_os_fails():
             try:
@@ -123,7 +135,7 @@ class JSONLinesStorage(Storage):
                     with remaining.open("wb") as kept:
                         for line in file:
                             record = _parse(line)
-                            if record is None or limit is None or record.started_at >= limit:
+                            if record is None or not wanted.matches(record):
                                 kept.write(line)
                             else:
                                 gone.add(record.id)

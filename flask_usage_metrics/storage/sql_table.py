@@ -60,6 +60,7 @@ COLUMNS: tuple[tuple[str, type[sa.types.TypeEngine[Any]], str], ...] = (
     ("app", sa.Text, "app"),
     ("process", sa.Text, "process"),
     ("consumer", sa.Text, "consumer"),
+    ("parent_span_id", sa.Text, "parent_span_id"),
 )
 COLUMN_NAMES = tuple(column for column, _, _ in COLUMNS)
 COLUMN_OF = {field: column for column, _, field in COLUMNS}
@@ -138,6 +139,7 @@ def to_row(record: UsageRecord) -> tuple[Any, ...]:
         record.app,
         record.process,
         record.consumer,
+        record.parent_span_id,
     )
 
 

@@ -1,0 +1,110 @@
+"""flask-track-usage's sums by hour, day and month, made of the records when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from flask_usage_metrics.query import Every, Summary, as_utc, next_start, truncate
+
+PERIODS: tuple[Every, ...] = ("hour", "day", "month")
+
+
+class Summation(msgspec.Struct, frozen=True):
+    """Hits and bytes by the values of one field: what flask-track-usage calls a hook.
+
+    Attributes:
+        name: Its name there; ``name + "s"``, as in that documentation, means the same.
+        field: Field of the record that is grouped by and can be filtered by, one of
+            `EQUALITY_FILTERS`.
+        key: What a row names the value; None: as the field.
+    """
+
+    name: str
+    field: str
+    key: str | None = None
+
+
+sumVisitor = Summation("sumVisitor", "visitor")  # noqa: N816 - flask-track-usage's name
+
+SUMMATIONS = (sumVisitor,)
+
+
+def find_summation(hook: object) -> Summation:
+    """Return the sum that was meant.
+
+    Args:
+        hook: One of `SUMMATIONS`, its name or its name in the plural.
+
+    Raises:
+        NotImplementedError: It is none of these.
+    """
+    for summation in SUMMATIONS:
+        if hook in (summation, summation.name, f"{summation.name}s"):
+            return summation
+    known = ", ".join(summation.name for summation in SUMMATIONS)
+    raise NotImplementedError(f"there is no sum {hook!r}: expected {known}")
+
+
+def sum_up(
+    summarize: Callable[..., list[Summary]],
+    summation: Summation,
+    start_date: datetime | None,
+    end_date: datetime | None,
+    limit: int,
+    page: int,
+    target: str | None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Do the work of `Storage.get_sum`, which see.
+
+    Args:
+        summarize: `Storage.summarize`.
+        summation: What to sum up.
+        start_date: As there.
+        end_date: As there.
+        limit: As there.
+        page: As there.
+        target: As there.
+    """
+    if limit < 0:
+        raise ValueError(f"limit must not be negative, but it is {limit}")
+    first = (max(page, 1) - 1) * limit
+    field, key = summation.field, summation.key or summation.field
+    filters = {} if target is None else {field: target}
+    sums: dict[str, list[dict[str, Any]]] = {}
+    for every in PERIODS:
+        since, until = _range(as_utc(start_date), as_utc(end_date), every)
+        rows = [
+            {
+                "date": summary.start.replace(tzinfo=None),
+                "hits": summary.requests,
+                "transfer": summary.bytes_sent,
+                key: summary.group[field],
+            }
+            for summary in summarize((field,), since, until, every=every, **filters)
+            if summary.start is not None and summary.group[field] is not None
+        ]
+        # What begins at once keeps its order: the busiest first, then by the value.
+        rows.sort(key=lambda row: row["date"], reverse=True)
+        sums[every] = rows[first : first + limit]
+    return sums
+
+
+def _range(
+    start: datetime | None, end: datetime | None, every: Every
+) -> tuple[datetime | None, datetime | None]:
+    """Return the range, its end not included, of the hours, days or months that are meant."""
+    until = None if end is None else next_start(truncate(end, every), every)
+    if start is None:
+        return None, until
+    since = truncate(start, every)
+    following = next_start(since, every)
+    if end is None:
+        return since, following
+    if since == start:
+        return since, until
+    # The one that contains the start began before it. After the last there is, none begins.
+    return (start, start) if following is None else (following, until)
