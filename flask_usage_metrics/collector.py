@@ -15,11 +15,16 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 from flask_usage_metrics.errors import ConfigError
+from flask_usage_metrics.exemplars import unpack
 from flask_usage_metrics.metrics import Family, Shape
 from flask_usage_metrics.totals import Totals
+
+_Bucket = tuple[str, float] | tuple[str, float, Exemplar]
+"""Upper bound as text, and count; with the newest exemplar if there is one."""
 
 
 class UsageCollector(Collector):
@@ -91,7 +96,10 @@ def _metric(family: Family) -> Metric:
         histogram = HistogramMetricFamily(described.name, described.help, labels=family.labels)
         bounds = [*map(number, family.buckets), "+Inf"]
         for labels, counts, seconds in family.histograms:
-            buckets = list(zip(bounds, map(float, counts), strict=True))
+            buckets: list[_Bucket] = [*zip(bounds, map(float, counts), strict=True)]
+            for place, packed in enumerate(family.exemplars.get(labels.values, ())):
+                if packed:
+                    buckets[place] = (bounds[place], float(counts[place]), _exemplar(packed))
             histogram.add_metric(labels.values, buckets, seconds)
         return histogram
     make = CounterMetricFamily if described.kind == "counter" else GaugeMetricFamily
@@ -99,3 +107,9 @@ def _metric(family: Family) -> Metric:
     for labels, value in family.samples:
         metric.add_metric(labels.values, value)
     return metric
+
+
+def _exemplar(packed: bytes) -> Exemplar:
+    found = unpack(packed)
+    ids = {"trace_id": found.trace_id, "span_id": found.span_id}
+    return Exemplar(ids, found.value, found.timestamp)

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from werkzeug.http import parse_accept_header, parse_options_header
 
 from flask_usage_metrics.collector import UsageCollector, number
+from flask_usage_metrics.exemplars import Row, unpack
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.metrics import Family
 from flask_usage_metrics.multiprocess import merged_registry
@@ -144,12 +145,13 @@ def encode_families(
 
     Args:
         families: As `Totals.families` returns them.
-        openmetrics: In the OpenMetrics format (1.0) instead of Prometheus' text format (0.0.4).
+        openmetrics: In the OpenMetrics format (1.0), which alone has room for exemplars, instead of
+            Prometheus' text format (0.0.4).
         names: Only the samples of these names; empty: all.
     """
     lines: list[str] = []
     for family in families:
-        samples = _samples(family, names)
+        samples = _samples(family, openmetrics, names)
         if names and not samples:
             continue
         described = family.description
@@ -161,7 +163,7 @@ def encode_families(
     return "".join(lines).encode()
 
 
-def _samples(family: Family, names: Collection[str]) -> list[str]:
+def _samples(family: Family, openmetrics: bool, names: Collection[str]) -> list[str]:
     name = family.description.name
     if family.description.kind != "histogram":
         if names and name not in names:
@@ -174,18 +176,35 @@ def _samples(family: Family, names: Collection[str]) -> list[str]:
         ]
     bounds = [*map(number, family.buckets), "+Inf"]
     wanted = {kind: not names or f"{name}_{kind}" in names for kind in ("bucket", "count", "sum")}
+    exemplars = family.exemplars if openmetrics else {}
     lines: list[str] = []
     for labels, counts, seconds in family.histograms:
         text = labels.text
         head = f"{name}_bucket{{{text}," if text else f"{name}_bucket{{"
         braces = f"{{{text}}}" if text else ""
         if wanted["bucket"]:
-            lines += [
+            buckets = [
                 f'{head}le="{bound}"}} {count}.0\n'
                 for bound, count in zip(bounds, counts, strict=True)
             ]
+            if exemplars and labels.values in exemplars:
+                buckets = _with_exemplars(buckets, exemplars[labels.values])
+            lines += buckets
         if wanted["count"]:
             lines.append(f"{name}_count{braces} {counts[-1]}.0\n")
         if wanted["sum"]:
             lines.append(f"{name}_sum{braces} {number(seconds)}\n")
     return lines
+
+
+def _with_exemplars(lines: list[str], row: Row) -> list[str]:
+    return [
+        f"{line[:-1]} {_exemplar(packed)}\n" if packed else line
+        for line, packed in zip(lines, row, strict=True)
+    ]
+
+
+def _exemplar(packed: bytes) -> str:
+    found = unpack(packed)
+    ids = f'{{trace_id="{found.trace_id}",span_id="{found.span_id}"}}'  # digits need no escape
+    return f"# {ids} {found.value} {found.timestamp:.3f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from operator import add
 
+from flask_usage_metrics.exemplars import Row, newest
 from flask_usage_metrics.metrics import LabelSet
 from flask_usage_metrics.totals_file import Key, Numbers
 
@@ -22,12 +23,14 @@ class Table:
 
     Attributes:
         new: By label values, what was counted here and is not in the siblings' file yet.
+        exemplars: By label values, those that are not in the siblings' file yet; of a histogram.
         labels: Every series that is known, here or from siblings.
     """
 
     def __init__(self, names: tuple[str, ...], bound: int, width: int) -> None:
         self.bound = bound
         self.new: dict[Values, Numbers] = {}
+        self.exemplars: dict[Values, Row] = {}
         self.labels: dict[Values, LabelSet] = {}
         self._names = names
         self._width = width
@@ -40,6 +43,13 @@ class Table:
             if values not in self.labels:
                 self.learn(values)
         return row
+
+    def keep(self, exemplar: bytes, values: Values, bucket: int) -> None:
+        """Keep a packed exemplar of a bucket, unless the one that is kept is newer."""
+        row = self.exemplars.get(values)
+        if row is None:
+            row = self.exemplars[values] = [b""] * (self._width - 1)
+        row[bucket] = max(row[bucket], exemplar)
 
     def learn(self, values: Values) -> None:
         """Take note of a series."""
@@ -62,4 +72,11 @@ class Table:
                 rows.append((labels, list(new or [0] * self._width)))
             else:
                 rows.append((labels, old if new is None else [*map(add, old, new)]))
+        return rows
+
+    def newest(self, name: str, merged: Mapping[Key, Row]) -> dict[Values, Row]:
+        """Return the exemplars of all series that have any: the newer of the siblings' and ours."""
+        rows = {values: row for (family, values), row in merged.items() if family == name}
+        for values, row in self.exemplars.items():
+            rows[values] = newest(rows.get(values), row)
         return rows

@@ -12,6 +12,7 @@ from weakref import finalize
 
 import msgspec
 
+from flask_usage_metrics.exemplars import Row, newest
 from flask_usage_metrics.state import (
     StateUnavailable,
     is_alive,
@@ -33,6 +34,9 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS series (family TEXT, labels TEXT, numbers TEXT, changed INTEGER,"
     " PRIMARY KEY (family, labels)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS series_changed ON series (changed)",
+    "CREATE TABLE IF NOT EXISTS exemplar (family TEXT, labels TEXT, packed TEXT, changed INTEGER,"
+    " PRIMARY KEY (family, labels)) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS exemplar_changed ON exemplar (changed)",
     "CREATE TABLE IF NOT EXISTS journal (id TEXT PRIMARY KEY, folded INTEGER) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS worker (pid INTEGER PRIMARY KEY, started TEXT, gauges TEXT)",
 )
@@ -40,6 +44,7 @@ _SCHEMA = (
 _to_json = msgspec.json.Encoder().encode
 _numbers = msgspec.json.Decoder(Numbers).decode
 _labels = msgspec.json.Decoder(tuple[str, ...]).decode
+_row = msgspec.json.Decoder(Row).decode
 
 
 class Gauges(msgspec.Struct, frozen=True):
@@ -68,17 +73,21 @@ class TotalsFile:
     everything. Nothing falls; what others counted since the last visit of the first who notices
     may be missing, a few requests.
 
+    Of exemplars each bucket keeps the newest, whoever observed it.
+
     Args:
         path: The file.
 
     Attributes:
         merged: The sums of all siblings, as of the last visit.
+        exemplars: The newest of all siblings, as of the last visit.
         workers: Gauges of the living siblings by process id, as of the last visit.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.merged: dict[Key, Numbers] = {}
+        self.exemplars: dict[Key, Row] = {}
         self.workers: dict[int, Gauges] = {}
         self._connection: sqlite3.Connection | None = None
         self._descriptor: int | None = None
@@ -86,13 +95,20 @@ class TotalsFile:
         self._is_new = False
         self._pid = os.getpid()
 
-    def visit(self, new: Mapping[Key, Numbers], folded: Mapping[str, int], gauges: Gauges) -> None:
+    def visit(
+        self,
+        new: Mapping[Key, Numbers],
+        folded: Mapping[str, int],
+        gauges: Gauges,
+        exemplars: Mapping[Key, Row] = {},
+    ) -> None:
         """Add what is new, and learn what others added.
 
         Args:
             new: What was counted since the last visit; taken exactly once, unless this raises.
             folded: For each journal, the number of the last fold that is part of `new`.
             gauges: Of this process.
+            exemplars: What was observed since the last visit; kept where it is the newest.
 
         Raises:
             sqlite3.Error: The file cannot be used now; nothing was added.
@@ -100,7 +116,7 @@ class TotalsFile:
             StateUnavailable: Its folder is not ours alone.
         """
         try:
-            self._visit(new, folded, gauges)
+            self._visit(new, folded, gauges, exemplars)
         except sqlite3.DatabaseError as error:
             self.close()
             # Exactly that class: "file is not a database", "disk image is malformed".
@@ -109,17 +125,25 @@ class TotalsFile:
                     self._path.unlink()
             raise
 
-    def _visit(self, new: Mapping[Key, Numbers], folded: Mapping[str, int], gauges: Gauges) -> None:
+    def _visit(
+        self,
+        new: Mapping[Key, Numbers],
+        folded: Mapping[str, int],
+        gauges: Gauges,
+        exemplars: Mapping[Key, Row],
+    ) -> None:
         connection = self._open()
         remembered = self._is_new and bool(self.merged)
         connection.execute("BEGIN IMMEDIATE")
         try:
             theirs = self._read_changes(connection)
+            newer = self._newer(self._read_exemplars(connection), exemplars)
             base = {**self.merged, **theirs}
             if remembered:
                 base = {key: _larger(self.merged.get(key), theirs.get(key)) for key in base}
             written = base if remembered else new
             sums = {key: _sum(base.get(key), new.get(key)) for key in {**written, **new}}
+            kept = {**self.exemplars, **newer} if remembered else {k: newer[k] for k in exemplars}
             (change,) = connection.execute("SELECT number FROM change").fetchone()
             connection.executemany(
                 "INSERT OR REPLACE INTO series VALUES (?, ?, ?, ?)",
@@ -129,6 +153,13 @@ class TotalsFile:
                     for family, labels in sums
                 ],
             )  # fmt: skip
+            connection.executemany(
+                "INSERT OR REPLACE INTO exemplar VALUES (?, ?, ?, ?)",
+                [
+                    (family, _to_json(labels).decode(), _to_json(row).decode(), change + 1)
+                    for (family, labels), row in kept.items()
+                ],
+            )
             connection.executemany("INSERT OR REPLACE INTO journal VALUES (?, ?)", folded.items())
             connection.execute(
                 "INSERT OR REPLACE INTO worker VALUES (?, ?, ?)",
@@ -143,6 +174,7 @@ class TotalsFile:
             raise
         self.merged.update(base)
         self.merged.update(sums)
+        self.exemplars.update(newer)
         self.workers = workers
         self._seen = change + 1
         self._is_new = False
@@ -226,6 +258,20 @@ class TotalsFile:
             "SELECT family, labels, numbers FROM series WHERE changed > ?", (self._seen,)
         )
         return {(family, _labels(labels)): _numbers(numbers) for family, labels, numbers in rows}
+
+    def _read_exemplars(self, connection: sqlite3.Connection) -> dict[Key, Row]:
+        rows = connection.execute(
+            "SELECT family, labels, packed FROM exemplar WHERE changed > ?", (self._seen,)
+        )
+        return {(family, _labels(labels)): _row(packed) for family, labels, packed in rows}
+
+    def _newer(self, *found: Mapping[Key, Row]) -> dict[Key, Row]:
+        """Return the series that were found, each bucket with the newest that is known now."""
+        newer: dict[Key, Row] = {}
+        for rows in found:
+            for key, row in rows.items():
+                newer[key] = newest(newer.get(key) or self.exemplars.get(key), row)
+        return newer
 
     def _read_workers(self, connection: sqlite3.Connection) -> dict[int, Gauges]:
         workers: dict[int, Gauges] = {}

@@ -12,10 +12,13 @@ import threading
 import time
 from collections import Counter
 from contextlib import closing, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from records import START, make_record
 
+from flask_usage_metrics.exemplars import Row, pack
 from flask_usage_metrics.totals_file import Gauges, Key, Numbers, TotalsFile
 
 GAUGES = Gauges(0, {}, {}, True)
@@ -289,3 +292,111 @@ def test_the_gauges_of_who_leaves_go_with_it(path: Path) -> None:
     with closing(sqlite3.connect(path)) as other:
         assert other.execute("SELECT * FROM worker").fetchall() == []
         assert other.execute("SELECT numbers FROM series").fetchall() == [("[2]",)]
+
+
+def exemplar(second: float) -> bytes:
+    began = START + timedelta(seconds=second)
+    return pack(make_record(started_at=began, trace_id="1" * 32, span_id="2" * 16))
+
+
+def observe(file: TotalsFile, exemplars: dict[Key, Row]) -> dict[Key, Row]:
+    """Visit as a worker does: an exemplar comes with the count of its series."""
+    file.visit({key: [1] for key in exemplars}, {}, GAUGES, exemplars)
+    return file.exemplars
+
+
+class TestExemplars:
+    def test_each_sees_the_newest_and_only_what_changed_is_written(self, path: Path) -> None:
+        one, other = TotalsFile(path), TotalsFile(path)
+        observe(one, {A: [exemplar(1), b"", exemplar(9)], B: [b"", exemplar(1), b""]})
+        observe(other, {A: [exemplar(2), exemplar(2), exemplar(2)]})
+        expected = {
+            A: [exemplar(2), exemplar(2), exemplar(9)],
+            B: [b"", exemplar(1), b""],
+        }
+        assert observe(other, {}) == observe(one, {}) == expected
+        with closing(sqlite3.connect(path)) as reader:
+            rows = reader.execute("SELECT labels, changed FROM exemplar").fetchall()
+        assert {json.loads(labels)[1]: changed for labels, changed in rows} == {"a": 2, "b": 1}
+        one.close()
+        other.close()
+
+    def test_only_what_changed_is_read(self, path: Path) -> None:
+        one, other = TotalsFile(path), TotalsFile(path)
+        observe(one, {A: [exemplar(1)]})
+        observe(other, {B: [exemplar(1)]})
+        with closing(sqlite3.connect(path)) as changer:
+            changer.execute("UPDATE exemplar SET packed = 'unreadable' WHERE changed < 2")
+            changer.commit()
+        assert observe(one, {})[B] == observe(other, {})[B] == [exemplar(1)]
+        one.close()
+        other.close()
+
+    def test_all_agree_on_the_newest_whoever_comes_when(self, path: Path) -> None:
+        rng = random.Random(7)
+        files = [TotalsFile(path) for _ in range(3)]
+        expected: dict[Key, Row] = {}
+        for step in range(200):
+            if step % 50 == 49:
+                break_it(path, "removed")
+                insist(files, {})
+            key: Key = ("requests", ("GET", rng.choice("abc")))
+            row = [exemplar(rng.randrange(1000)) if rng.random() < 0.5 else b"" for _ in "123"]
+            observe(rng.choice(files), {key: row})
+            expected[key] = [*map(max, expected.get(key, row), row)]
+        for file in files:
+            observe(file, {})
+        for file in files:
+            assert observe(file, {}) == expected
+            file.close()
+
+    @pytest.mark.parametrize("how", HOWS)
+    def test_damage_loses_nothing_that_somebody_saw(self, path: Path, how: str) -> None:
+        files = [TotalsFile(path) for _ in range(3)]
+        for second, file in enumerate(files):
+            observe(file, {A: [exemplar(second)], ("requests", (f"{second}",)): [exemplar(1)]})
+        seen = dict(observe(files[0], {}))
+        assert len(seen) == 4
+        break_it(path, how)
+        insist(files, {})
+        newcomer = TotalsFile(path)
+        for file in [*files, newcomer]:
+            assert observe(file, {}) == seen
+            file.close()
+
+    def test_a_visit_that_fails_adds_none(self, path: Path) -> None:
+        file, other = TotalsFile(path), TotalsFile(path)
+        observe(file, {A: [exemplar(1)]})
+        observe(other, {})
+        with closing(sqlite3.connect(path, isolation_level=None)) as breaker:
+            breaker.execute("ALTER TABLE worker RENAME TO hidden")
+            with pytest.raises(sqlite3.OperationalError):
+                observe(file, {A: [exemplar(2)], B: [exemplar(2)]})
+            assert file.exemplars == {A: [exemplar(1)]}
+            breaker.execute("ALTER TABLE hidden RENAME TO worker")
+        assert observe(other, {}) == {A: [exemplar(1)]}
+        assert observe(file, {A: [exemplar(2)]}) == {A: [exemplar(2)]}
+        file.close()
+        other.close()
+
+    def test_siblings_of_a_version_without_them_go_on(self, path: Path) -> None:
+        older = TotalsFile(path)
+        add(older, a=5)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("DROP TABLE exemplar")
+            older.close()
+            newer = TotalsFile(path)
+            assert observe(newer, {A: [exemplar(1)]}) == {A: [exemplar(1)]}
+            # What an older version does in a visit.
+            other.execute("BEGIN IMMEDIATE")
+            (change,) = other.execute("SELECT number FROM change").fetchone()
+            found = other.execute(
+                "SELECT family, labels, numbers FROM series WHERE changed > 0"
+            ).fetchall()
+            assert [numbers for _, _, numbers in found] == ["[6]"]
+            other.execute("UPDATE series SET numbers = '[7]', changed = ?", (change + 1,))
+            other.execute("UPDATE change SET number = ?", (change + 1,))
+            other.execute("COMMIT")
+        assert look(newer) == {"a": 7}
+        assert newer.exemplars == {A: [exemplar(1)]}
+        newer.close()

@@ -1,0 +1,120 @@
+"""A real Prometheus that scrapes what a test serves, for tests of what it makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+
+class Prometheus:
+    """Prometheus with room for exemplars, in a folder, on a free loopback port.
+
+    A missing Prometheus skips the test at a desk, and fails it in CI.
+
+    Args:
+        folder: For its configuration, its data and its log.
+        *targets: What it scrapes each second, as ``"host:port"``.
+        job: Value of the label ``job``.
+        path: Where the targets' metrics are.
+    """
+
+    def __init__(
+        self, folder: Path, *targets: str, job: str = "shop", path: str = "/metrics"
+    ) -> None:
+        binary = shutil.which("prometheus")
+        if binary is None:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)("prometheus is not installed")
+        self.folder = folder
+        scraped = {
+            "job_name": job,
+            "metrics_path": path,
+            "static_configs": [{"targets": list(targets)}],
+        }
+        every = {"scrape_interval": "1s", "scrape_timeout": "1s"}
+        # JSON is YAML.
+        configuration = json.dumps({"global": every, "scrape_configs": [scraped]})
+        (folder / "prometheus.yml").write_text(configuration)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        with (folder / "prometheus.log").open("a") as log:
+            self.process = subprocess.Popen(
+                [
+                    binary,
+                    f"--config.file={folder / 'prometheus.yml'}",
+                    f"--storage.tsdb.path={folder / 'prometheus'}",
+                    f"--web.listen-address=127.0.0.1:{port}",
+                    "--enable-feature=exemplar-storage",
+                ],
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> Prometheus:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it, for good after 20 seconds."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            finally:
+                self.process.kill()
+                self.process.wait()
+
+    def log(self) -> str:
+        return (self.folder / "prometheus.log").read_text()
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """Return what an instant query finds now: ``{"metric": labels, "value": [time, text]}``."""
+        found: list[dict[str, Any]] = self._ask("query", query=expression)["result"]
+        return found
+
+    def query_exemplars(self, expression: str) -> list[dict[str, Any]]:
+        """Return the exemplars of the last hour.
+
+        Returns:
+            For each series ``{"seriesLabels": labels, "exemplars": [{"labels": labels, "value":
+            text, "timestamp": seconds}, ...]}``, the oldest exemplar first.
+        """
+        now = time.time()
+        found: list[dict[str, Any]]
+        found = self._ask("query_exemplars", query=expression, start=now - 3600, end=now + 60)
+        return found
+
+    def _ask(self, what: str, **parameters: Any) -> Any:
+        answer = requests.get(f"{self.address}/api/v1/{what}", params=parameters, timeout=10).json()
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if requests.get(f"{self.address}/-/ready", timeout=5).ok:
+                    return
+            except requests.RequestException:
+                pass
+            time.sleep(0.05)
+        raise AssertionError(self.log())
