@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 
 logger = logging.getLogger("flask_usage_metrics")
 
@@ -16,7 +17,7 @@ class Faults:
     """Counts what went wrong inside this package, by the part it went wrong in.
 
     An exception's own text may hold an address, a query string or a token, so only its class is
-    logged; the traceback follows at level DEBUG.
+    logged; where it was raised follows at level DEBUG.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class Faults:
             return
         logger.warning("%s: %s; %s", part, kind, consequence)
         if isinstance(error, BaseException):
-            logger.debug("%s: %s", part, kind, exc_info=error)
+            logger.debug("%s: %s\n%s", part, kind, _where(error))
 
     def counts(self) -> dict[str, int]:
         """Return how many faults each part had since the start of the process."""
@@ -56,3 +57,15 @@ class Faults:
         """Start anew in a forked child, whose parent keeps counting its own."""
         self._lock = threading.Lock()
         self._counts = {}
+
+
+def _where(error: BaseException) -> str:
+    """Return the traceback of an exception and of its causes, without their texts."""
+    parts: list[str] = []
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        parts = [*traceback.format_tb(cause.__traceback__), f"{type(cause).__name__}\n", *parts]
+        cause = cause.__cause__ or cause.__context__
+    return "".join(parts)

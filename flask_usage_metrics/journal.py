@@ -229,11 +229,25 @@ class JournalFile:
                 _U32.pack_into(self._map, frame[0] + _NUMBER, number)
 
     def release(self, sequence: int) -> None:
-        """Give room back up to this number."""
+        """Give room back up to this number; what was in it is wiped.
+
+        It is what came with requests, before anything was taken away for privacy's sake.
+        """
         frames = self._frames
+        start = self._tail
         while frames and (first := next(iter(frames))) <= sequence:
             self._tail = frames.pop(first)[1]
         _U64.pack_into(self._map, _TAIL, self._tail)
+        self._wipe(start, self._tail)
+
+    def _wipe(self, start: int, end: int) -> None:
+        """Zero what is between two places, counted without end; at most the whole ring."""
+        while start < end:
+            place = start % self._size
+            length = min(end - start, self._size - place)
+            at = _HEADER_BYTES + place
+            self._map[at : at + length] = bytes(length)
+            start += length
 
     def entries(self) -> Iterator[tuple[int, int, Observation]]:
         """Yield what was captured and not settled: sequence, fold number, observation.
