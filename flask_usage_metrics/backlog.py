@@ -32,7 +32,8 @@ class Backlog:
         faults: Where failures are reported.
 
     Attributes:
-        taken: Records that were put and not refused.
+        received: Records that were ever put.
+        taken: Of these, the ones that were not refused.
         adopted: Records of other processes that came by way of the spool.
         offered: Records, the oldest, that are being offered to the storage.
     """
@@ -48,7 +49,7 @@ class Backlog:
 
     def _start_anew(self) -> None:
         self.taken = self.adopted = self.offered = 0
-        self._put = 0
+        self.received = 0
         self._decided = 0
         # Of what is offered, what the spool had to drop meanwhile; not decided yet.
         self._gone = 0
@@ -89,14 +90,14 @@ class Backlog:
 
     def settled(self) -> int:
         """Return how many of all that were ever put, the first ones, are decided or on disk."""
-        return self._memory[0][0] if self._memory else self._put
+        return self._memory[0][0] if self._memory else self.received
 
     # ------------------------------------------------------------------------ the new end
 
     def put(self, records: Sequence[UsageRecord]) -> None:
         """Take records; if there is no room these, or on disk the oldest, are dropped."""
-        self._memory.extend(zip(count(self._put), records))
-        self._put += len(records)
+        self._memory.extend(zip(count(self.received), records))
+        self.received += len(records)
         self.taken += len(records)
         if self._spool or len(self._memory) > self._capacity:
             self.spill()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, count
 from time import perf_counter_ns, time_ns
 from types import TracebackType
@@ -22,10 +22,15 @@ from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.observation import Observation, encode_json, environ_texts
 from flask_usage_metrics.scope import Scope
 from flask_usage_metrics.track_var import TRACK_VAR
+from flask_usage_metrics.users import Users
+from flask_usage_metrics.visitor_cookie import VisitorCookie
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+    from flask_usage_metrics.tracing import RequestTrace, Tracing
+
+Headers = list[tuple[str, str]]
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType]
 
 MAX_ENVIRON_CHARACTERS = 16_384
@@ -33,8 +38,6 @@ MAX_ENVIRON_CHARACTERS = 16_384
 
 _MAX_CUT = 2048
 """What is kept of each text of an environ that is larger."""
-
-_MAX_USERNAME = 256
 
 
 class Capture:
@@ -49,9 +52,10 @@ class Capture:
         submit: Takes the observation; called in the request's thread when its last byte is handed
             to the server.
         lose: Called instead where none could be made.
-        username: Called without arguments in the request's context; what it returns, if not None,
-            is the user's name.
-        headers: WSGI names of the headers the country sources ask for.
+        users: Who knows who makes a request.
+        cookie: What tells visitors apart; None: nothing does.
+        tracing: Who makes spans of requests; None: nobody does.
+        headers: WSGI names of further headers that are kept.
         faults: Where failures of our own are reported.
     """
 
@@ -63,7 +67,9 @@ class Capture:
         begin: Callable[[bool, bool], Callable[[], None] | None],
         submit: Callable[[Observation], None],
         lose: Callable[[], None],
-        username: Callable[[], object] | None,
+        users: Users,
+        cookie: VisitorCookie | None,
+        tracing: Tracing | None,
         headers: tuple[str, ...],
         faults: Faults,
     ) -> None:
@@ -73,7 +79,9 @@ class Capture:
         self._notice: Callable[[], None] | None = None
         self.submit = submit
         self.lose = lose
-        self.username = username
+        self.users = users
+        self.cookie = cookie
+        self.tracing = tracing
         self.headers = headers
         self.faults = faults
         self.key = f"flask_usage_metrics.{id(self)}"
@@ -99,8 +107,12 @@ class Capture:
             self._get_ready(environ)
         if self._notice is not None:
             self._notice()
+        trace = exchange.begin_trace() if self.tracing is not None else None
         try:
-            body = self._wsgi_app(environ, exchange.start_response)
+            if trace is None:
+                body = self._wsgi_app(environ, exchange.start_response)
+            else:
+                body = trace.run(self._wsgi_app, environ, exchange.start_response)
         except BaseException as error:
             exchange.fail(error)
             raise
@@ -156,8 +168,11 @@ class Exchange:
 
     # What most exchanges never set.
     exception: str | None = None
-    _username: str | None = None
+    _visitor: str | None = None
+    _given: str | None = None
+    _names: tuple[str | None, str | None] | None = None
     _request: Request | None = None
+    _trace: RequestTrace | None = None
     _status = ""
     _expected = ""
     _sent = 0
@@ -172,12 +187,19 @@ class Exchange:
         self._environ: WSGIEnvironment | None = environ
         self._start_response = start_response
 
+    def begin_trace(self) -> RequestTrace | None:
+        """Join or start the request's span."""
+        tracing, environ = self._capture.tracing, self._environ
+        if tracing is not None and environ is not None:
+            self._trace = tracing.begin(environ, self._started_ns)
+        return self._trace
+
     # ---------------------------------------------------------------- what Flask tells
 
     def start_response(
         self,
         status: str,
-        headers: list[tuple[str, str]],
+        headers: Headers,
         exc_info: ExcInfo | tuple[None, None, None] | None = None,
     ) -> Callable[[bytes], object]:
         """Note the status and length, learn while the context lives, pass on to the server."""
@@ -189,6 +211,11 @@ class Exchange:
             learned = environ.get("werkzeug.request")
             if isinstance(learned, Request):  # Werkzeug's test client leaves one of its own there
                 self.learn(learned)
+                cookie = self._capture.cookie
+                if cookie is not None:
+                    self._greet(cookie, environ, headers)
+            if self._given is not None:
+                headers = [*headers, VisitorCookie.header(self._given, environ)]
         if exc_info is None:
             self._write = self._start_response(status, headers)
         else:
@@ -203,13 +230,24 @@ class Exchange:
     def learn(self, learned: Request) -> None:
         """Take what can be known only while the request's context lives."""
         self._request = learned
-        username = self._capture.username
-        if username is not None and self._username is None and self.is_tracked():
-            try:
-                name = username()
-                self._username = None if name is None else str(name)[:_MAX_USERNAME]
-            except Exception as error:  # noqa: BLE001 - it is the app's, and must not end a request
-                self._capture.faults.report("username", error, "a request's user is not known")
+        users = self._capture.users
+        if self._names is None and users.are_known and self.is_tracked():
+            self._names = users.ask()
+        trace = self._trace
+        if trace is not None and self._environ is not None and self.is_tracked():
+            rule = learned.url_rule
+            trace.learn(self._environ, None if rule is None else rule.endpoint)
+
+    def _greet(self, cookie: VisitorCookie, environ: WSGIEnvironment, headers: Headers) -> None:
+        """Recognise the visitor by the cookie, or choose one to be given with these headers."""
+        if self._visitor is not None or not self.is_tracked():
+            return
+        try:
+            self._visitor = cookie.read(environ)
+            if self._visitor is None:
+                self._visitor = self._given = cookie.choose(environ, headers)
+        except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
+            self._capture.faults.report("cookie", error, "a visitor is not recognised")
 
     # ---------------------------------------------------------------- what the server takes
 
@@ -229,7 +267,11 @@ class Exchange:
                 self.finish()
                 return body
         self._body = body
-        self._next = iter(body).__next__
+        trace = self._trace
+        if trace is None:
+            self._next = iter(body).__next__
+        else:
+            self._next = partial(trace.run, iter(body).__next__)
         if self._expected:
             self._take_first()
         return self
@@ -284,7 +326,10 @@ class Exchange:
             self.finish()
         close = getattr(self._body, "close", None)
         if close is not None:
-            close()
+            if self._trace is None:
+                close()
+            else:
+                self._trace.run(close)
 
     # ---------------------------------------------------------------- the end, once
 
@@ -337,13 +382,16 @@ class Exchange:
         rule = None if learned is None else learned.url_rule
         arguments = None if learned is None else learned.view_args
         proxied = environ.get("werkzeug.proxy_fix.orig")
-        authorization, username = False, self._username
+        username, consumer = self._names or (None, None)
+        authorization = False
         if "HTTP_AUTHORIZATION" in environ and learned is not None:
-            authorization, username = _authorized(learned, username)
+            authorization, claimed = capture.users.authorized(learned)
+            username = claimed if username is None else username
+        number = next(capture.sequence)
         return Observation(
             self._started_ns,
             duration_ns,
-            next(capture.sequence),
+            number,
             _kept(
                 (*environ_texts(environ.get), *[environ.get(key, "") for key in capture.headers])
             ),
@@ -357,6 +405,9 @@ class Exchange:
             authorization,
             username,
             self._json("track_var", environ[TRACK_VAR]) if TRACK_VAR in environ else None,
+            self._visitor,
+            consumer,
+            None if self._trace is None else self._trace.end(number),
         )
 
     def _json(self, what: str, value: dict[str, Any]) -> bytes | None:
@@ -375,17 +426,6 @@ def _kept(values: tuple[str, ...]) -> tuple[str, ...]:
     except TypeError:  # somebody put a number there
         values = tuple(map(str, values))
     return tuple([value[:_MAX_CUT] for value in values])
-
-
-def _authorized(learned: Request, username: str | None) -> tuple[bool, str | None]:
-    """Return whether the client authorised itself, and who it is if not known better."""
-    try:
-        parsed = learned.authorization
-    except ValueError:  # Werkzeug 3.1 lets one that is not ASCII pass
-        return False, username
-    if username is None and parsed is not None and parsed.type == "basic" and parsed.username:
-        username = parsed.username[:_MAX_USERNAME]
-    return parsed is not None, username
 
 
 def _is_file(body: Iterable[bytes], environ: WSGIEnvironment) -> bool:

@@ -94,6 +94,10 @@ class Sink:
         """Return how many records are not decided."""
         return self._backlog.pending()
 
+    def received(self) -> int:
+        """Return how many records were ever `put`."""
+        return self._backlog.received
+
     def settled(self) -> int:
         """Return how many of all records ever `put`, the first ones, need nobody to keep them.
 

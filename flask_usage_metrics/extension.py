@@ -7,7 +7,6 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flask import Flask, Response, current_app, has_app_context, request
@@ -18,19 +17,28 @@ from flask_usage_metrics import track_var
 from flask_usage_metrics.capture import Capture
 from flask_usage_metrics.collector import collector_of
 from flask_usage_metrics.country import make_locator
-from flask_usage_metrics.delivery import Sink
 from flask_usage_metrics.enrichment import Enricher
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.exposition import Exposition
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.journal import Journal
-from flask_usage_metrics.pipeline import METRICS_SINK, Pipeline
+from flask_usage_metrics.pipeline import Pipeline
+from flask_usage_metrics.privacy import Policy
 from flask_usage_metrics.scope import Marks, Scope
-from flask_usage_metrics.settings import Settings
 from flask_usage_metrics.siblings import Membership
-from flask_usage_metrics.state import State, default_places
-from flask_usage_metrics.storage import Storage, Writer, as_writer
+from flask_usage_metrics.storage import Storage, Writer
 from flask_usage_metrics.totals import Totals
+from flask_usage_metrics.users import Users
+from flask_usage_metrics.visitor_tally import VisitorTally
+from flask_usage_metrics.wiring import (
+    Traces,
+    join_totals,
+    make_pseudonyms,
+    make_sinks,
+    make_traces,
+    make_visitors,
+    make_writers,
+)
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -60,7 +68,13 @@ class TrackUsage:
         country: Called with a normalised address; returns an ISO 3166-1 alpha-2 code or None. Used
             instead of ``TRACK_USAGE_COUNTRY``; it is never called in a request.
         username: Called without arguments in a request's context; what it returns, if not None, is
-            the record's ``username``. Else it is the user name of Basic authentication.
+            the record's ``username``. Else it is the id of the user Flask-Login has loaded, or the
+            name given in Basic authentication.
+        consumer: Called likewise; names the API client, such as the owner of a key or a tenant.
+            It becomes the record's ``consumer``, and a label at ``/metrics``.
+        tracer_provider: OpenTelemetry's, for spans of the requests. None: without
+            ``TRACK_USAGE_TRACES`` there are none; with it the global provider, or one that sends
+            to a collector.
 
     Raises:
         ConfigError: A setting or argument is wrong.
@@ -74,11 +88,15 @@ class TrackUsage:
         registry: CollectorRegistry | None = None,
         country: Callable[[str], str | None] | None = None,
         username: Callable[[], object] | None = None,
+        consumer: Callable[[], object] | None = None,
+        tracer_provider: Any = None,
     ) -> None:
         self._storage = storage
         self._registry = REGISTRY if registry is None else registry
         self._country = _callable_or_none("country", country)
         self._username = _callable_or_none("username", username)
+        self._consumer = _callable_or_none("consumer", consumer)
+        self._tracer_provider = tracer_provider
         self._included = Marks()
         self._excluded = Marks()
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
@@ -108,7 +126,7 @@ class TrackUsage:
             )
         settings = configuration.read(app.config)
         faults = Faults()
-        collector = collector_of(self._registry, settings.shape, _version())
+        collector = collector_of(self._registry, settings.shape, own_version())
         locator = make_locator(
             settings.country,
             trusted_proxies=bool(settings.trusted_proxies),
@@ -117,11 +135,33 @@ class TrackUsage:
             function=self._country,
             faults=faults,
         )
-        writers = _writers(wanted, settings, app)
+        writers = make_writers(wanted, settings, app)
         exposition = Exposition(self._registry, collector, settings.metrics_token, faults)
         if settings.metrics_path is not None:
             _add_route(app, settings.metrics_path, lambda: exposition.answer(request))
-        key = _join_totals(collector.totals, app, settings, writers)
+        key = join_totals(collector.totals, app, settings, writers)
+        policy = Policy(
+            settings.privacy,
+            settings.redact,
+            respects_refusals=settings.respect_gpc,
+            pseudonyms=make_pseudonyms(app, writers, collector.totals, faults),
+        )
+        visitors = make_visitors(settings, policy, collector.totals, key, faults)
+        enricher = Enricher(
+            app.name,
+            key,
+            locator=locator,
+            trusted=settings.trusted_proxies,
+            visitors=visitors.ids,
+            policy=policy,
+        )
+        traces = make_traces(
+            app, settings, self._tracer_provider, enricher, version=own_version(), faults=faults
+        )
+        to_write = writers if traces is None else [*writers, traces.writer]
+        sinks = make_sinks(
+            to_write, collector.totals, settings, idle_seconds=IDLE_SECONDS, faults=faults
+        )
         pipeline = Pipeline(
             journal=Journal(settings.buffer_records),
             membership=Membership(
@@ -131,10 +171,14 @@ class TrackUsage:
                 spool_bytes=settings.spool_bytes,
                 faults=faults,
             ),
-            enricher=Enricher(app.name, key, locator, settings.trusted_proxies),
+            enricher=enricher,
             locator=locator,
+            visitor_keys=visitors.keys,
+            tally=visitors.tally,
             totals=collector.totals,
-            sinks=_sinks(writers, collector.totals, settings, faults),
+            live=None if traces is None else traces.live,
+            spans=None if traces is None else sinks[-1],
+            sinks=sinks,
             flush_seconds=settings.flush_seconds,
             idle_seconds=IDLE_SECONDS,
             inline=settings.inline,
@@ -151,20 +195,23 @@ class TrackUsage:
         capture = Capture(
             app,
             scope=scope,
-            begin=pipeline.begin,
+            begin=_begin(pipeline),
             submit=pipeline.submit,
             lose=pipeline.lose,
-            username=self._username,
-            headers=locator.headers,
+            users=Users(app, username=self._username, consumer=self._consumer, faults=faults),
+            cookie=visitors.cookie,
+            tracing=None if traces is None else traces.tracing,
+            headers=enricher.headers,
             faults=faults,
         )
         track_var.install(app)
         app.wsgi_app = capture  # type: ignore[method-assign]
-        tracking = Tracking(self, wanted, writers, exposition, capture, pipeline, faults)
+        tracking = Tracking(
+            self, wanted, writers, exposition, capture, pipeline, visitors.tally, traces, faults
+        )
         app.extensions[EXTENSION] = tracking
         collector.totals.watch(tracking, faults)
         _at_fork(collector.totals, tracking)
-        _at_exit(pipeline)
         self._apps.add(app)
 
     # ------------------------------------------------------------------------ what is tracked
@@ -262,6 +309,8 @@ class Tracking:
         exposition: Exposition,
         capture: Capture,
         pipeline: Pipeline,
+        tally: VisitorTally | None,
+        traces: Traces | None,
         faults: Faults,
     ) -> None:
         self.owner = owner
@@ -270,6 +319,7 @@ class Tracking:
         self.exposition = exposition
         self.capture = capture
         self.pipeline = pipeline
+        self.traces = traces
         self.faults = faults
         # What the totals' gauges are read from.
         self.drain = pipeline.drain
@@ -277,68 +327,15 @@ class Tracking:
         self.up = pipeline.up
         self.is_journaled = pipeline.is_journaled
         self.in_progress = capture.in_progress
+        self.visitors = (lambda: None) if tally is None else tally.today
 
     def reset_after_fork(self) -> None:
         """Start anew in a forked child: locks, threads, and what the parent will write."""
         self.faults.reset_after_fork()
         self.pipeline.reset_after_fork()
         self.capture.reset_after_fork()
-
-
-def _writers(given: Any, settings: Settings, app: Flask) -> list[Writer]:
-    where = "storage"
-    if given is None:
-        given, where = settings.storage, "TRACK_USAGE_STORAGE"
-    if given is None:
-        given = f"sqlite:///{Path(app.instance_path, 'usage.sqlite3').as_posix()}"
-    items = given if isinstance(given, list | tuple) else [given]
-    writers = [as_writer(item, where) for item in items]
-    for writer in writers:
-        writer.bind_app(app)
-        if isinstance(writer, Storage):
-            # So that quantiles of records and of the histogram come from the same buckets.
-            writer.bounds = settings.shape.buckets
-    return writers
-
-
-def _sinks(
-    writers: Sequence[Writer], totals: Totals, settings: Settings, faults: Faults
-) -> list[Sink]:
-    names = {METRICS_SINK}
-    sinks = []
-    for writer in writers:
-        name, number = writer.name, 1
-        while name in names:
-            number += 1
-            name = f"{writer.name}-{number}"
-        names.add(name)
-        sinks.append(
-            Sink(
-                writer,
-                totals.account(name),
-                capacity=settings.buffer_records,
-                # Longer than the worker, so that there is a thread for what it brings.
-                idle_seconds=2 * IDLE_SECONDS + settings.flush_seconds,
-                faults=faults,
-            )
-        )
-    return sinks
-
-
-def _join_totals(totals: Totals, app: Flask, settings: Settings, writers: Sequence[Writer]) -> str:
-    """Return a name for the app, the same in all its processes, that no other app has."""
-    if totals.state is None:
-        places = (
-            default_places(Path(app.instance_path))
-            if settings.state_dir is None
-            else [Path(settings.state_dir)]
-        )
-        totals.state = State(places, f"{app.name} {app.import_name} {app.root_path}")
-    # What was meant for one storage must not come to another.
-    storages = " ".join(writer.identity for writer in writers)
-    key = f"{app.name} {len(totals.apps)} {storages}"
-    totals.apps.append(key)
-    return key
+        if self.traces is not None:
+            self.traces.tracing.reset_after_fork()
 
 
 def _add_route(app: Flask, path: str, view: Callable[[], Response]) -> None:
@@ -364,6 +361,18 @@ def _at_fork(totals: Totals, tracking: Tracking) -> None:
     os.register_at_fork(after_in_child=reset)
 
 
+def _begin(pipeline: Pipeline) -> Callable[[bool, bool], Callable[[], None] | None]:
+    """Return what gets a process ready for its first request."""
+
+    def begin(multiprocess: bool, ends: bool) -> Callable[[], None] | None:
+        # So late, for exit handlers run in reverse order: ours has to come before that of a
+        # tracer provider, which the app has made by now.
+        _at_exit(pipeline)
+        return pipeline.begin(multiprocess, ends)
+
+    return begin
+
+
 def _at_exit(pipeline: Pipeline) -> None:
     # By way of a weak reference: a pipeline lives as long as its app, or as its worker has work.
     reference = weakref.ref(pipeline)
@@ -382,7 +391,8 @@ def _callable_or_none(name: str, given: Any) -> Any:
     return given
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Return the version of the package, as it was installed."""
     try:
         return version("flask-usage-metrics")
     except PackageNotFoundError:  # run from a folder that was never installed

@@ -7,10 +7,22 @@ from typing import Literal
 
 import msgspec
 
+from flask_usage_metrics.exemplars import Row
 from flask_usage_metrics.query import BUCKETS
 
 REQUEST_LABELS = ("method", "endpoint", "status", "country")
-LABELS = (*REQUEST_LABELS, "exception", "client", "sink", "result", "label", "part", "version")
+LABELS = (
+    *REQUEST_LABELS,
+    "exception",
+    "client",
+    "consumer",
+    "window",
+    "sink",
+    "result",
+    "label",
+    "part",
+    "version",
+)
 
 METHODS = frozenset(
     ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
@@ -73,6 +85,18 @@ CLIENT_REQUESTS = Description(
     "Requests by kind of client: human, search-bot, ai-training, ...",
     ("client",),
 )
+CONSUMER_REQUESTS = Description(
+    "flask_usage_consumer_requests_total",
+    "counter",
+    "Requests by API client, where the app names one.",
+    ("consumer", "status"),
+)
+VISITORS = Description(
+    "flask_usage_visitors",
+    "gauge",
+    "Different visitors since midnight UTC (window 1d), where they are told apart.",
+    ("window",),
+)
 IN_PROGRESS = Description(
     "flask_usage_requests_in_progress",
     "gauge",
@@ -126,6 +150,8 @@ DESCRIPTIONS = (
     RESPONSE_BYTES,
     REQUEST_BYTES,
     CLIENT_REQUESTS,
+    CONSUMER_REQUESTS,
+    VISITORS,
     IN_PROGRESS,
     RECORDS,
     PENDING,
@@ -181,6 +207,7 @@ class Family(msgspec.Struct, frozen=True):
         buckets: Upper bounds in seconds of a histogram.
         histograms: For each series of a histogram the cumulative counts by bucket, the last being
             the count of all, and the sum in seconds.
+        exemplars: By the label values of those series of a histogram that have any.
     """
 
     description: Description
@@ -188,6 +215,7 @@ class Family(msgspec.Struct, frozen=True):
     samples: list[tuple[LabelSet, float]] = []
     buckets: tuple[float, ...] = ()
     histograms: list[tuple[LabelSet, list[int], float]] = []
+    exemplars: dict[tuple[str, ...], Row] = {}
 
 
 def _escape(value: str) -> str:

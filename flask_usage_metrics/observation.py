@@ -44,6 +44,24 @@ ENVIRON_TEXTS = 17
 """How many texts `environ_texts` returns."""
 
 
+class Trace(msgspec.Struct, frozen=True, array_like=True):
+    """Where a request belongs in a trace.
+
+    Attributes:
+        trace_id: 32 hexadecimal digits.
+        span_id: 16 hexadecimal digits; None if it has no span, only a caller that has.
+        parent_span_id: Of the span it is part of.
+        is_own: Whether the span is ours, so that we have to end it.
+        is_sampled: Whether the span is exported.
+    """
+
+    trace_id: str
+    span_id: str | None
+    parent_span_id: str | None
+    is_own: bool
+    is_sampled: bool
+
+
 class Observation(msgspec.Struct, frozen=True, array_like=True):
     """One request, as captured; `enrichment` makes the record of it.
 
@@ -65,6 +83,7 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
         track_var: JSON; None when empty.
         visitor: Identifier in the visitor's cookie, brought or set.
         consumer: Name of the API client.
+        trace: Trace and span; None if not traced.
     """
 
     started_ns: int
@@ -83,6 +102,7 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
     track_var: bytes | None
     visitor: str | None = None
     consumer: str | None = None
+    trace: Trace | None = None
 
 
 def encode_json(value: dict[Any, Any]) -> bytes:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from flask_usage_metrics.country import Locator
 from flask_usage_metrics.delivery import Sink
 from flask_usage_metrics.enrichment import Enricher
 from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.journal import Journal, JournalFile, Origin
+from flask_usage_metrics.journal import Journal
 from flask_usage_metrics.observation import Observation
 from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.settling import Item, Settlement, Stream
 from flask_usage_metrics.siblings import Membership
 from flask_usage_metrics.totals import Totals
+from flask_usage_metrics.visitor_tally import VisitorTally
+from flask_usage_metrics.visitors import VisitorIds
+
+if TYPE_CHECKING:
+    from flask_usage_metrics.tracing import LiveSpans
 
 METRICS_SINK = "metrics"
 """Value of the label ``sink`` for the totals behind the metrics themselves."""
@@ -30,38 +34,6 @@ _DRAIN_SECONDS = 1.0
 _INLINE_SECONDS = 2.0
 
 
-class Stream(msgspec.Struct, eq=False):
-    """Observations of one process: of this one, or of a dead one whose journal was adopted.
-
-    Attributes:
-        origin: Who captured them.
-        file: Where they are kept until they are settled.
-        fold: Number of the last fold that counted some of them.
-        last: Sequence of the last one that was taken.
-    """
-
-    origin: Origin
-    file: JournalFile | None
-    fold: int = 0
-    last: int = 0
-
-
-class Item(msgspec.Struct, eq=False):
-    """An observation on its way.
-
-    Attributes:
-        stream: Where it comes from.
-        sequence: Its number there.
-        seen: The observation.
-        is_counted: Whether the process that died had counted it.
-    """
-
-    stream: Stream
-    sequence: int
-    seen: Observation
-    is_counted: bool
-
-
 class Pipeline:
     """Folds what one app's requests left in the journals, into the totals and the sinks.
 
@@ -70,6 +42,10 @@ class Pipeline:
         membership: Tells of the siblings, and what the dead among them left.
         enricher: Makes records of observations.
         locator: Where the enricher looks up countries.
+        visitor_keys: What has to be destroyed in time.
+        tally: Where visitors are counted.
+        live: Spans of requests that are over; None: they have none.
+        spans: What they are ended by; one of the sinks, too.
         totals: Where records are counted.
         sinks: Where records go.
         flush_seconds: Seconds an observation waits for others to be folded with.
@@ -85,6 +61,10 @@ class Pipeline:
         membership: Membership,
         enricher: Enricher,
         locator: Locator,
+        visitor_keys: VisitorIds,
+        tally: VisitorTally | None,
+        live: LiveSpans | None,
+        spans: Sink | None,
         totals: Totals,
         sinks: Sequence[Sink],
         flush_seconds: float,
@@ -96,6 +76,10 @@ class Pipeline:
         self._membership = membership
         self._enricher = enricher
         self._locator = locator
+        self._visitor_keys = visitor_keys
+        self._tally = tally
+        self._live = live
+        self._spans = spans
         self._totals = totals
         self._account = totals.account(METRICS_SINK)
         self._sinks = sinks
@@ -117,22 +101,20 @@ class Pipeline:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._short = threading.Lock()
-        self._own = Stream(self._enricher.origin, None)
-        self._adopted: list[Stream] = []
-        self._put = 0
-        # After how many records put to the sinks a stream is settled up to which sequence, if
-        # its fold of which number is committed.
-        self._unsettled: deque[tuple[int, Stream, int, int]] = deque()
+        self._settlement = Settlement(
+            self._journal, self._membership, self._enricher.origin, self._sinks
+        )
 
     def reset_after_fork(self) -> None:
         """Forget what the parent process will fold."""
         self._journal.reset_after_fork()
-        for stream in self._adopted:
-            if stream.file is not None:
-                stream.file.close(remove=False)
+        self._settlement.leave()
         self._membership.reset_after_fork()
         self._enricher.reset_after_fork()
         self._locator.reset_after_fork()
+        self._visitor_keys.reset_after_fork()
+        if self._tally is not None:
+            self._tally.reset_after_fork()
         self._start_anew()
         for sink in self._sinks:
             sink.reset_after_fork()
@@ -157,7 +139,7 @@ class Pipeline:
                 # that is stopped in between may hold the lock of a file for minutes.
                 self._has_threads = bool(getattr(sys.modules.get("uwsgi"), "has_threads", True))
                 file = self._membership.begin(self._enricher.origin, multiprocess=multiprocess)
-                self._own.file = self._journal.file = file
+                self._settlement.own.file = self._journal.file = file
                 for sink in self._sinks:
                     sink.attach(self._membership.spool(sink.name))
         return self._notice if multiprocess and self._has_threads and not ends else None
@@ -233,7 +215,9 @@ class Pipeline:
                 # A sibling may die meanwhile, or somebody remove what the siblings share.
                 if self._wake.wait(_HEARTBEAT_SECONDS):
                     self._wake.clear()
-            elif not self._wake.wait(self._idle_seconds):
+            elif not self._wake.wait(self._idle_for()):
+                if self._visitor_keys.due_in() is not None:
+                    continue  # there is still a key to be destroyed
                 with self._short:
                     if not self._awake:
                         self._thread = None
@@ -242,8 +226,13 @@ class Pipeline:
                 # Others will come with the one that woke us.
                 self._wake.clear()
 
+    def _idle_for(self) -> float:
+        """Return how many seconds there is nothing to do, unless a request comes."""
+        due = self._visitor_keys.due_in()
+        return self._idle_seconds if due is None else max(due, 0.0) + 0.1
+
     def _has_work(self) -> bool:
-        if self._journal or self._unlocated or self._unsettled:
+        if self._journal or self._unlocated or self._settlement:
             return True
         # The siblings show how many requests are being answered here.
         return self._is_shared and self._totals.in_progress() > 0
@@ -259,18 +248,21 @@ class Pipeline:
             self._fold(grace)
 
     def _fold(self, grace: float) -> None:
+        self._visitor_keys.tend()
         adopted = list(self._adopt())
         waiting, self._unlocated = self._unlocated, []
         self._fold_items([*waiting, *adopted])
         for _ in range(len(self._journal) // _CHUNK + 1):
             taken = self._journal.take(_CHUNK)
-            self._fold_items([Item(self._own, number, seen, False) for number, seen in taken])
+            self._fold_items(
+                [Item(self._settlement.own, number, seen, False) for number, seen in taken]
+            )
         if grace and self._unlocated:
             self._locator.wait_local(grace)
             waiting, self._unlocated = self._unlocated, []
             self._fold_items(waiting)
         self._totals.exchange()
-        self._settle()
+        self._settlement.settle(self._unlocated)
 
     def _adopt(self) -> Iterable[Item]:
         """Yield what dead siblings captured and did not see settled."""
@@ -279,14 +271,7 @@ class Pipeline:
             if folded is None:
                 file.close(remove=False)
                 continue
-            stream = Stream(file.origin, file, folded)
-            self._adopted.append(stream)
-            for sequence, fold, seen in file.entries():
-                if fold > folded:  # else a later fold of that number would seem to be its own
-                    file.mark([sequence], 0)
-                yield Item(stream, sequence, seen, 0 < fold <= folded)
-            # Also a journal in which nothing is left has to be seen off.
-            self._unsettled.append((self._put, stream, stream.last, folded))
+            yield from self._settlement.adopt(file, folded)
 
     def _fold_items(self, items: Sequence[Item]) -> None:
         for start in range(0, len(items), _CHUNK):
@@ -296,6 +281,8 @@ class Pipeline:
         self._folding = len(items)
         records: list[UsageRecord] = []
         to_count: list[UsageRecord] = []
+        traced: list[UsageRecord] = []
+        sampled: set[str] = set()
         decided: dict[Stream, list[int]] = {}
         uncounted: dict[Stream, list[int]] = {}
         failed = 0
@@ -310,6 +297,11 @@ class Pipeline:
                     self._unlocated.append(item)
                     continue
                 records.append(record)
+                if item.seen.trace is not None and item.seen.trace.is_sampled:
+                    sampled.add(record.id)
+                    if item.seen.trace.is_own and self._spans is not None:
+                        traced.append(record)
+                        self._hand_over(item, record)
                 if not item.is_counted:
                     to_count.append(record)
             decided.setdefault(item.stream, []).append(item.sequence)
@@ -319,13 +311,29 @@ class Pipeline:
         with self._short:
             dropped, self._dropped = self._dropped, 0
             failed, self._lost = failed + self._lost, 0
-        self._totals.add(to_count, {s.file: s.fold for s in uncounted if s.file is not None})
+        folds = {stream.file: stream.fold for stream in uncounted if stream.file is not None}
+        self._totals.add(to_count, folds, sampled)
+        if self._tally is not None:
+            self._tally.add(
+                (record.started_at.timestamp(), record.visitor)
+                for record in records
+                if record.visitor is not None
+            )
         self._account.add(written=len(to_count), dropped=dropped, failed=failed)
         for sink in self._sinks:
-            sink.put(records, dropped=dropped, failed=failed)
-        self._put += len(records)
-        self._await_settling(decided, rest)
+            if sink is self._spans:
+                sink.put(traced, dropped=0, failed=0)
+            else:
+                sink.put(records, dropped=dropped, failed=failed)
+        self._settlement.note(decided, (*self._unlocated, *rest))
         self._folding = 0
+
+    def _hand_over(self, item: Item, record: UsageRecord) -> None:
+        """Keep a span under its record's id; one of a process that died is made again."""
+        if self._live is not None and item.stream is self._settlement.own:
+            span = self._live.take(item.seen.sequence)
+            if span is not None:
+                self._live.keep(record.id, span)
 
     def _mark(self, uncounted: dict[Stream, list[int]]) -> None:
         """Note in each journal which of its observations the fold that follows will count.
@@ -337,36 +345,6 @@ class Pipeline:
             if stream.file is not None:
                 stream.fold += 1
                 stream.file.mark(sequences, stream.fold)
-
-    def _await_settling(self, decided: dict[Stream, list[int]], rest: Sequence[Item]) -> None:
-        for stream, sequences in decided.items():
-            if stream.file is not None:
-                stream.last = max(stream.last, *sequences)
-                # What waits for its country holds the room of those behind it as well.
-                first = [
-                    item.sequence for item in (*self._unlocated, *rest) if item.stream is stream
-                ]
-                through = min(first) - 1 if first else stream.last
-                self._unsettled.append((self._put, stream, through, stream.fold))
-
-    def _settle(self) -> None:
-        """Give back the journals' room for what is counted, and decided by every sink."""
-        settled = min([sink.settled() for sink in self._sinks], default=self._put)
-        while self._unsettled and self._unsettled[0][0] <= settled:
-            _, stream, through, fold = self._unsettled[0]
-            if stream.file is None or stream.file.committed < fold:
-                break
-            self._unsettled.popleft()
-            if stream is self._own:
-                self._journal.release(through)
-            else:
-                stream.file.release(through)
-        for stream in list(self._adopted):
-            waits = any(waiting[1] is stream for waiting in self._unsettled)
-            if not waits and not any(item.stream is stream for item in self._unlocated):
-                self._adopted.remove(stream)
-                if stream.file is not None:
-                    self._membership.forget(stream.file)
 
     # ------------------------------------------------------------------------ for others
 
@@ -405,7 +383,7 @@ class Pipeline:
         flushed = [sink.flush(deadline) for sink in self._sinks]
         with self._lock:
             self._totals.exchange()
-            self._settle()
+            self._settlement.settle(self._unlocated)
         return located and all(flushed)
 
     def close(self, timeout: float) -> None:
@@ -419,21 +397,19 @@ class Pipeline:
             self._faults.report("exit", left, "they are lost")
         with self._lock:
             self._totals.exchange()
-            self._settle()
+            self._settlement.settle(self._unlocated)
             self._has_begun = False
             if self._journal.file is not None:
                 if self._journal.file.is_empty():
                     self._totals.forget(self._journal.file)
                 self._journal.close()
-            for stream in self._adopted:
-                if stream.file is not None:
-                    stream.file.close(remove=False)
-            self._adopted.clear()
-            self._unsettled.clear()
-            self._own.file = None
+            self._settlement.leave()
             self._totals.close()
             self._membership.end()
         self._locator.close()
+        self._visitor_keys.close()
+        if self._tally is not None:
+            self._tally.close()
 
     def pending(self) -> dict[str, int]:
         """Return, for each sink, how many captured requests are not decided."""

@@ -14,7 +14,9 @@ import msgspec
 from flask_usage_metrics.address import TrustedProxies
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.metrics import LABELS, REQUEST_LABELS, Shape
+from flask_usage_metrics.privacy import PRESETS, Preset
 from flask_usage_metrics.query import BUCKETS
+from flask_usage_metrics.redaction import Redactor
 
 PREFIX = "TRACK_USAGE_"
 
@@ -35,6 +37,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         trusted_proxies: Who may say whom they speak for.
         use_freegeoip: Whether an HTTP service is asked for the country, as flask-track-usage did.
         freegeoip_endpoint: Its URL, with ``{ip}`` where the address goes.
+        cookie: Whether people get a cookie that tells them apart.
+        daily_visitors: Whether visitors are told apart, for a day, without one.
+        privacy: See `privacy.Policy`.
+        redact: Parts of names whose values are secret, besides the usual ones.
+        respect_gpc: Whether visitors may ask not to be known.
+        traces: Whether requests have spans, or the SpanExporter these go to.
+        traces_enduser: Whether spans name the user.
         shape: Labels, buckets and bound of the Prometheus families.
         buffer_records: How many records may wait in front of each storage.
         flush_seconds: Seconds a record waits for others to be written with.
@@ -52,6 +61,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     trusted_proxies: TrustedProxies
     use_freegeoip: bool
     freegeoip_endpoint: str | None
+    cookie: bool
+    daily_visitors: bool
+    privacy: Preset
+    redact: tuple[str, ...]
+    respect_gpc: bool
+    traces: Any
+    traces_enduser: bool
     shape: Shape
     buffer_records: int
     flush_seconds: float
@@ -98,6 +114,7 @@ def read(config: Mapping[str, Any]) -> Settings:
     return Settings(
         include_only=values.pop("include_or_exclude_views") == "include",
         inline=values.pop("delivery") == "inline",
+        daily_visitors=values.pop("visitors") == "daily",
         shape=shape,
         **values,
     )
@@ -119,6 +136,11 @@ def _read(config: Mapping[str, Any], name: str) -> Any:
 
 def _choice(*choices: str) -> Callable[[Any], str]:
     return lambda given: choices[choices.index(given.strip().lower())]
+
+
+def _optional_choice(*choices: str) -> Callable[[Any], str | None]:
+    choose = _choice(*choices)
+    return lambda given: None if _is_none(given) else choose(given)
 
 
 def _flag(given: Any) -> bool:
@@ -182,6 +204,18 @@ def _texts(given: Any) -> tuple[str, ...]:
     if not all(isinstance(item, str) for item in items):
         raise TypeError
     return items
+
+
+def _name_parts(given: Any) -> tuple[str, ...]:
+    parts = _texts(given)
+    Redactor(parts)  # it refuses what would be part of every name
+    return parts
+
+
+def _traces(given: Any) -> Any:
+    if hasattr(given, "export") and hasattr(given, "shutdown"):
+        return given
+    return _flag(given)
 
 
 def _positive_int(given: Any) -> int:
@@ -259,6 +293,13 @@ KEYS: dict[str, Key] = {
     "TRACK_USAGE_TRUSTED_PROXIES": Key((), "a list of addresses or CIDR ranges", _trusted_proxies),
     "TRACK_USAGE_USE_FREEGEOIP": Key(False, "True or False", _flag),
     "TRACK_USAGE_FREEGEOIP_ENDPOINT": Key(None, "a URL that starts with http or None", _url),
+    "TRACK_USAGE_COOKIE": Key(False, "True or False", _flag),
+    "TRACK_USAGE_VISITORS": Key(None, "'daily' or None", _optional_choice("daily")),
+    "TRACK_USAGE_PRIVACY": Key("full", "'full', 'balanced' or 'strict'", _choice(*PRESETS)),
+    "TRACK_USAGE_REDACT": Key((), "a list of parts of names", _name_parts),
+    "TRACK_USAGE_RESPECT_GPC": Key(False, "True or False", _flag),
+    "TRACK_USAGE_TRACES": Key(False, "True, False or a SpanExporter", _traces),
+    "TRACK_USAGE_TRACES_ENDUSER": Key(False, "True or False", _flag),
     "TRACK_USAGE_MAX_SERIES": Key(10_000, "a positive int", _positive_int),
     "TRACK_USAGE_HISTOGRAM_LABELS": Key(
         REQUEST_LABELS, f"a list of some of {', '.join(REQUEST_LABELS)}", _histogram_labels

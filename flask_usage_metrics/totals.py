@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -14,11 +14,13 @@ from time import monotonic
 from typing import Protocol
 from weakref import WeakSet
 
+from flask_usage_metrics.exemplars import pack
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.journal import JournalFile
 from flask_usage_metrics.metrics import (
     BUILD_INFO,
     CLIENT_REQUESTS,
+    CONSUMER_REQUESTS,
     DESCRIPTIONS,
     DURATION,
     EXCEPTIONS,
@@ -40,6 +42,7 @@ from flask_usage_metrics.metrics import (
     SINK_UP,
     UNKNOWN_COUNTRY,
     UNMATCHED,
+    VISITORS,
     WORKERS,
     Description,
     Family,
@@ -102,6 +105,9 @@ class Source(Protocol):
     def is_journaled(self) -> bool:
         """Return whether what is captured survives a kill."""
 
+    def visitors(self) -> int | None:
+        """Return how many visitors there were today, in all processes; None: not told apart."""
+
 
 class Totals:
     """Adds up the records of the apps on one registry.
@@ -148,10 +154,11 @@ class Totals:
         self._exceptions = self._table(EXCEPTIONS, 1)
         self._sizes = self._table(RESPONSE_BYTES, 2)  # sent, received
         self._clients = self._table(CLIENT_REQUESTS, 1)
+        self._consumers = self._table(CONSUMER_REQUESTS, 1)
         self._overflow = self._table(OVERFLOW, 1)
         self._results = self._table(RECORDS, 1)
         self._failures = self._table(FAULTS, 1)
-        for label in ("country", "endpoint", "exception"):
+        for label in ("country", "endpoint", "exception", "consumer"):
             self._overflow.row((label,))
         self._published: dict[tuple[int, str], int] = {}
         self._folded: dict[JournalFile, int] = {}
@@ -160,16 +167,26 @@ class Totals:
 
     # ------------------------------------------------------------------------ writing
 
-    def add(self, records: Iterable[UsageRecord], folded: Mapping[JournalFile, int]) -> None:
+    def add(
+        self,
+        records: Iterable[UsageRecord],
+        folded: Mapping[JournalFile, int],
+        sampled: Collection[str] = frozenset(),
+    ) -> None:
         """Count records; each is in exactly one series of each family it belongs to.
 
         Args:
             records: To be counted.
             folded: For the journals they come from, the number of this fold.
+            sampled: Ids of those records whose span is exported: they may become exemplars.
         """
         with self._lock:
-            for record in records:
-                self._add(record)
+            if sampled:
+                for record in records:
+                    self._add(record, pack(record) if record.id in sampled else b"")
+            else:
+                for record in records:
+                    self._add(record)
             self._folded.update(folded)
             if self._file is None:
                 self._commit()
@@ -186,7 +203,7 @@ class Totals:
         self._sources.add(source)
         self._faults.append(faults)
 
-    def _add(self, record: UsageRecord) -> None:
+    def _add(self, record: UsageRecord, exemplar: bytes = b"") -> None:
         values = (
             record.method if record.method in METHODS else OTHER_METHOD,
             UNMATCHED if record.endpoint is None else record.endpoint,
@@ -202,15 +219,25 @@ class Totals:
         bucket = bisect_left(self.shape.buckets, seconds)
         series[bucket] += 1
         series[-1] += seconds
+        observed: Values = values
         if self._durations is not self._requests:
-            durations = self._durations.row(tuple([values[place] for place in self._picked]))
+            observed = tuple([values[place] for place in self._picked])
+            durations = self._durations.row(observed)
             durations[bucket] += 1
             durations[-1] += seconds
+        if exemplar:
+            self._durations.keep(exemplar, observed, bucket)
         endpoint = self._sizes.fit((record.endpoint or UNMATCHED,), (FOLDED,))
         sizes = self._sizes.row(endpoint)
         sizes[0] += record.bytes_sent
         sizes[1] += record.bytes_received or 0
         self._clients.row((record.client,))[0] += 1
+        if record.consumer is not None:
+            consumed = (record.consumer, values[2])
+            fitted = self._consumers.fit(consumed, (FOLDED, values[2]))
+            if fitted != consumed:
+                self._overflow.row(("consumer",))[0] += 1
+            self._consumers.row(fitted)[0] += 1
         if record.exception is not None:
             raised = (*endpoint, record.exception)
             fitted = self._exceptions.fit(raised, (FOLDED, FOLDED))
@@ -306,15 +333,21 @@ class Totals:
             for name, table in self._tables.items()
             for values, numbers in table.new.items()
         }
+        exemplars = {
+            (name, values): row
+            for name, table in self._tables.items()
+            for values, row in table.exemplars.items()
+        }
         folded = {journal.id: number for journal, number in self._folded.items()}
         try:
-            self._file.visit(new, folded, self._gauges(list(self._sources)))
+            self._file.visit(new, folded, self._gauges(list(self._sources)), exemplars)
         except (sqlite3.Error, OSError, StateUnavailable) as error:
             self._complain(error)
             return
         self._is_shared = True
         for table in self._tables.values():
             table.new.clear()
+            table.exemplars.clear()
         self._commit()
         for name, values in self._file.merged:
             known = self._tables.get(name)  # None: of a sibling that is newer
@@ -345,23 +378,36 @@ class Totals:
             self._count_results()
             merged = {} if self._file is None else self._file.merged
             rows = {name: table.rows(name, merged) for name, table in self._tables.items()}
+            latencies = DURATION.name if DURATION.name in rows else REQUESTS.name
+            theirs = {} if self._file is None else self._file.exemplars
+            exemplars = self._durations.newest(latencies, theirs)
             siblings = {} if self._file is None else dict(self._file.workers)
         siblings[os.getpid()] = self._gauges(sources)
         gauges = self._sampled(list(siblings.values()))
+        visitors = [count for source in sources if (count := source.visitors()) is not None]
+        if visitors:
+            window = LabelSet(self._names[VISITORS], ("1d",))
+            gauges[VISITORS] = [(window, sum(visitors))]
         taken = {
             REQUESTS: [(labels, sum(row[:-1])) for labels, row in rows[REQUESTS.name]],
             RESPONSE_BYTES: [(labels, row[0]) for labels, row in rows[RESPONSE_BYTES.name]],
             REQUEST_BYTES: [(labels, row[1]) for labels, row in rows[RESPONSE_BYTES.name]],
             **{
                 described: [(labels, row[0]) for labels, row in rows[described.name]]
-                for described in (EXCEPTIONS, CLIENT_REQUESTS, OVERFLOW, RECORDS, FAULTS)
+                for described in (
+                    EXCEPTIONS,
+                    CLIENT_REQUESTS,
+                    CONSUMER_REQUESTS,
+                    OVERFLOW,
+                    RECORDS,
+                    FAULTS,
+                )
             },
             **gauges,
         }
-        latencies = rows[DURATION.name] if DURATION.name in rows else rows[REQUESTS.name]
         histograms = [
             (labels, [int(count) for count in accumulate(row[:-1])], float(row[-1]))
-            for labels, row in latencies
+            for labels, row in rows[latencies]
         ]
         return [
             Family(
@@ -370,6 +416,7 @@ class Totals:
                 taken.get(described, []),
                 self.shape.buckets,
                 histograms if described is DURATION else [],
+                exemplars if described is DURATION else {},
             )
             for described in DESCRIPTIONS
         ]

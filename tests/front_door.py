@@ -23,7 +23,7 @@ class Site:
         folder: For the default storage.
         storage: See `TrackUsage`.
         app: An app to track instead of a new one.
-        **config: Settings without TRACK_USAGE_; other keys as they are.
+        **config: Settings without TRACK_USAGE_; Flask's own keys as they are.
     """
 
     def __init__(
@@ -34,16 +34,24 @@ class Site:
         app: Flask | None = None,
         country: Any = None,
         username: Any = None,
+        consumer: Any = None,
+        tracer_provider: Any = None,
         **config: Any,
     ) -> None:
         self.app = Flask("shop") if app is None else app
         self.registry = CollectorRegistry()
         for key, value in config.items():
-            self.app.config[key if key == "TESTING" else f"TRACK_USAGE_{key}"] = value
+            self.app.config[key if key in self.app.config else f"TRACK_USAGE_{key}"] = value
         self.app.config.setdefault("TRACK_USAGE_STATE_DIR", folder / "state")
         self.app.config.setdefault("TRACK_USAGE_STORAGE", f"sqlite:///{folder}/usage.sqlite3")
         self.usage = TrackUsage(
-            self.app, storage, registry=self.registry, country=country, username=username
+            self.app,
+            storage,
+            registry=self.registry,
+            country=country,
+            username=username,
+            consumer=consumer,
+            tracer_provider=tracer_provider,
         )
 
     def get(self, path: str = "/", **options: Any) -> Any:
@@ -52,7 +60,8 @@ class Site:
 
     def request(self, path: str, *, method: str, **options: Any) -> Any:
         options.setdefault("environ_base", {"REMOTE_ADDR": "203.0.113.9"})
-        with self.app.test_client() as client:
+        # Cookies are what the test sends, not what the client has collected.
+        with self.app.test_client(use_cookies=False) as client:
             response = client.open(path, method=method, **options)
             response.get_data()
             return response
@@ -121,13 +130,17 @@ class Site:
         assert sum(sent.values()) == sum(record.bytes_sent for record in records)
         raised = samples(text, "flask_usage_exceptions_total")
         assert sum(raised.values()) == sum(r.exception is not None for r in records)
+        consumed = samples(text, "flask_usage_consumer_requests_total")
+        assert sum(consumed.values()) == sum(r.consumer is not None for r in records)
+        for visitors in samples(text, "flask_usage_visitors").values():
+            assert visitors == len({r.visitor for r in records} - {None})
         for sink in ("metrics", "sqlite"):
             written = samples(text, "flask_usage_records_total")
             assert written[_sorted(sink=sink, result="written")] == len(records)
 
-    def close(self) -> None:
+    def close(self, timeout: float = 5.0) -> None:
         tracking = self.app.extensions["track_usage"]
-        tracking.pipeline.close(5.0)
+        tracking.pipeline.close(timeout)
 
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")

@@ -48,6 +48,14 @@ def track(**config: Any) -> None:
         ("DELIVERY", "later", "must be 'background' or 'inline', not 'later'"),
         ("USE_FREEGEOIP", "maybe", "must be True or False, not 'maybe'"),
         ("FREEGEOIP_ENDPOINT", "ftp://x", "must be a URL"),
+        ("COOKIE", "sometimes", "must be True or False, not 'sometimes'"),
+        ("VISITORS", "weekly", "must be 'daily' or None, not 'weekly'"),
+        ("VISITORS", True, "must be 'daily' or None, not True"),
+        ("PRIVACY", "none", "must be 'full', 'balanced' or 'strict', not 'none'"),
+        ("PRIVACY", None, "must be 'full', 'balanced' or 'strict', not None"),
+        ("REDACT", ["iban", "-"], "must hold parts of names with a letter or digit, not '-'"),
+        ("REDACT", {"iban": 1}, "must be a list of parts of names"),
+        ("RESPECT_GPC", 2, "must be True or False, not 2"),
         ("TRUSTED_PROXIES", ["nobody"], "must hold addresses or CIDR ranges, not 'nobody'"),
     ],
 )
@@ -93,6 +101,11 @@ def test_texts_of_the_environment_are_parsed(monkeypatch: pytest.MonkeyPatch) ->
         "FLUSH_SECONDS": "0.1",
         "DELIVERY": "inline",
         "COUNTRY": "none",
+        "COOKIE": "1",
+        "VISITORS": "Daily",
+        "PRIVACY": "BALANCED",
+        "REDACT": "iban,card",
+        "RESPECT_GPC": "yes",
     }
     for key, text in texts.items():
         monkeypatch.setenv(f"FLASK_TRACK_USAGE_{key}", text)
@@ -111,6 +124,9 @@ def test_texts_of_the_environment_are_parsed(monkeypatch: pytest.MonkeyPatch) ->
     assert settings.flush_seconds == 0.1
     assert settings.inline
     assert settings.country is None
+    assert settings.cookie is settings.daily_visitors is settings.respect_gpc is True
+    assert settings.privacy == "balanced"
+    assert settings.redact == ("iban", "card")
 
 
 def test_every_default_is_a_valid_value() -> None:

@@ -17,6 +17,9 @@ import requests
 from front_door import samples
 from gunicorn_server import Gunicorn, until
 
+from flask_usage_metrics import open_storage
+from flask_usage_metrics.storage import Storage
+
 FOUR = ("-w", "4", "--threads", "2", "--graceful-timeout", "10")
 
 
@@ -299,3 +302,41 @@ def test_a_full_tmpfs_kills_no_worker_and_loses_no_record(
 def _free(folder: Path) -> int:
     status = os.statvfs(folder)
     return status.f_bavail * status.f_bsize
+
+
+def test_visitors_are_the_same_in_all_workers_and_after_a_restart(tmp_path: Path) -> None:
+    visitors = 30
+    daily = {
+        "FLASK_TRACK_USAGE_VISITORS": "daily",
+        "FLASK_TRACK_USAGE_TRUSTED_PROXIES": "127.0.0.1",
+    }
+
+    def visit(server: Gunicorn) -> int:
+        answered = set()
+        for number in range(4 * visitors):
+            address = f"203.0.113.{number % visitors}"
+            headers = {
+                "X-Forwarded-For": address,
+                "User-Agent": "Firefox/139.0",
+                "Host": "shop.example",  # else each server's own port is in it
+            }
+            answered.add(requests.get(server.address + "/pid", headers=headers, timeout=20).text)
+        return len(answered)
+
+    def counted() -> dict[object, float]:
+        return samples(server.get("/metrics"), "flask_usage_visitors")
+
+    with Gunicorn(tmp_path, "-w", "3", **daily) as server:
+        assert visit(server) >= 2
+        server.kill(server.workers()[0])
+        assert visit(server) >= 2
+        until(counted, {(("window", "1d"),): visitors})
+        assert [counted() for _ in range(9)] == [{(("window", "1d"),): visitors}] * 9
+    with Gunicorn(tmp_path, "-w", "2", **daily) as server:
+        visit(server)
+        until(counted, {(("window", "1d"),): visitors})
+        until(server.stored, 3 * 4 * visitors)
+    storage = open_storage(f"sqlite:///{tmp_path}/usage.sqlite3")
+    assert isinstance(storage, Storage)
+    assert [summary.visitors for summary in storage.summarize((), visitors=True)] == [visitors]
+    storage.close()

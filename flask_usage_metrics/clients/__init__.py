@@ -10,7 +10,7 @@ from flask_usage_metrics.clients.browsers import consult_ua_parser, sniff
 from flask_usage_metrics.clients.kinds import kind_of
 from flask_usage_metrics.clients.languages import language
 
-__all__ = ["Client", "describe", "language"]
+__all__ = ["Client", "describe", "kind", "language"]
 
 _MAX_USER_AGENT = 512
 _CACHED = 4096
@@ -45,10 +45,18 @@ def describe(user_agent: str | None) -> Client:
     return _describe((user_agent or "")[:_MAX_USER_AGENT])
 
 
+def kind(user_agent: str) -> str:
+    """Return the kind of client alone; quicker than all, as it never loads ua-parser's rules."""
+    return _kind(user_agent[:_MAX_USER_AGENT])
+
+
+_kind = lru_cache(_CACHED)(kind_of)
+
+
 @lru_cache(_CACHED)
 def _describe(user_agent: str) -> Client:
-    kind = kind_of(user_agent)
-    if kind != "human":
-        return Client(None, None, None, kind)
+    found = _kind(user_agent)
+    if found != "human":
+        return Client(None, None, None, found)
     browser, version, platform = consult_ua_parser(user_agent) or sniff(user_agent)
-    return Client(browser, version, platform, kind)
+    return Client(browser, version, platform, found)

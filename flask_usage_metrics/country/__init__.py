@@ -81,6 +81,27 @@ class Locator:
                 return answer if answer.ip_info is ip_info else Answer(answer.country, ip_info)
         return UNKNOWN if ip_info is None else Answer(None, ip_info)
 
+    def locate_now(
+        self, address: str | None, headers: tuple[str, ...], trusted: bool
+    ) -> str | None:
+        """Find a country without asking anybody: no service, no function; for any thread.
+
+        Args:
+            address: As in `locate`.
+            headers: As in `locate`.
+            trusted: As in `locate`.
+        """
+        for source in self._sources:
+            if not isinstance(source, Asker):
+                try:
+                    answer = source.locate(address, headers, trusted)
+                except Exception as error:  # noqa: BLE001 - perhaps a damaged file
+                    self._faults.report("country", error, "a country is unknown")
+                else:
+                    if answer is not None and answer.country is not None:
+                        return answer.country
+        return None
+
     def wait(self, timeout: float) -> None:
         """Block until a slow source answered since the last wait, or a question's time is over.
 

@@ -75,15 +75,19 @@ def capture(app: Flask, batch: int) -> Flush | None:
 
 def all_in(app: Flask, batch: int) -> Flush | None:
     """Metrics, and every request as a row in SQLite."""
-    return track_usage(app, f"sqlite:///{tempfile.mkdtemp()}/usage.sqlite3").flush
+    usage = track_usage(app, f"sqlite:///{tempfile.mkdtemp()}/usage.sqlite3")
+    return lambda: usage.flush(600.0)
 
 
 def metrics_only(app: Flask, batch: int) -> Flush | None:
     """As `all_in`, with no storage."""
-    return track_usage(app, []).flush
+    usage = track_usage(app, [])
+    return lambda: usage.flush(600.0)
 
 
-def track_usage(app: Flask, storage: object, **settings: object) -> Any:
+def track_usage(
+    app: Flask, storage: object, *, tracer_provider: object = None, **settings: object
+) -> Any:
     from prometheus_client import CollectorRegistry
 
     from flask_usage_metrics import TrackUsage
@@ -94,7 +98,8 @@ def track_usage(app: Flask, storage: object, **settings: object) -> Any:
         TRACK_USAGE_STATE_DIR=tempfile.mkdtemp(),
         **settings,
     )
-    return TrackUsage(app, storage, registry=CollectorRegistry())
+    registry = CollectorRegistry()
+    return TrackUsage(app, storage, registry=registry, tracer_provider=tracer_provider)
 
 
 def prometheus_flask_exporter(app: Flask, batch: int) -> Flush | None:
@@ -106,9 +111,50 @@ def prometheus_flask_exporter(app: Flask, batch: int) -> Flush | None:
     return None
 
 
+def traces(app: Flask, batch: int) -> Flush | None:
+    """As `metrics_only`, and a span a request, exported to nowhere."""
+    provider, flush_spans = tracer_provider(batch)
+    usage = track_usage(app, [], tracer_provider=provider)
+    return lambda: usage.flush(600.0) and flush_spans()
+
+
+def traces_sampled_out(app: Flask, batch: int) -> Flush | None:
+    """As `traces`, but the sampler takes none."""
+    from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+    provider, _ = tracer_provider(batch, ALWAYS_OFF)
+    usage = track_usage(app, [], tracer_provider=provider)
+    return lambda: usage.flush(600.0)
+
+
 def opentelemetry(app: Flask, batch: int) -> Flush | None:
     """A span a request, exported in batches to nowhere: serialising and sending come on top."""
     from opentelemetry.instrumentation.flask import FlaskInstrumentor
+    from opentelemetry.metrics import NoOpMeterProvider
+
+    provider, flush = tracer_provider(batch)
+    FlaskInstrumentor.instrument_app(
+        app, tracer_provider=provider, meter_provider=NoOpMeterProvider()
+    )
+    return flush
+
+
+def opentelemetry_metrics(app: Flask, batch: int) -> Flush | None:
+    """As `opentelemetry`, and its metrics, read after each batch."""
+    from opentelemetry.instrumentation.flask import FlaskInstrumentor
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+    provider, flush_spans = tracer_provider(batch)
+    reader = InMemoryMetricReader()
+    FlaskInstrumentor.instrument_app(
+        app, tracer_provider=provider, meter_provider=MeterProvider(metric_readers=[reader])
+    )
+    return lambda: reader.get_metrics_data() is not None and flush_spans()
+
+
+def tracer_provider(batch: int, sampler: Any = None) -> tuple[Any, Flush]:
+    """Return a provider that exports in batches to nowhere, and what makes it do so now."""
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
@@ -122,10 +168,9 @@ def opentelemetry(app: Flask, batch: int) -> Flush | None:
         max_queue_size=4 * batch,
         max_export_batch_size=batch,
     )
-    provider = TracerProvider()
+    provider = TracerProvider(sampler=sampler)
     provider.add_span_processor(processor)
-    FlaskInstrumentor.instrument_app(app, tracer_provider=provider)
-    return processor.force_flush
+    return provider, processor.force_flush
 
 
 VARIANTS: dict[str, Callable[[Flask, int], Flush | None]] = {
@@ -135,7 +180,10 @@ VARIANTS: dict[str, Callable[[Flask, int], Flush | None]] = {
     "metrics-only": metrics_only,
     "all-in": all_in,
     "prometheus-flask-exporter": prometheus_flask_exporter,
+    "traces": traces,
+    "traces-sampled-out": traces_sampled_out,
     "opentelemetry-flask": opentelemetry,
+    "opentelemetry-flask-and-metrics": opentelemetry_metrics,
 }
 
 
