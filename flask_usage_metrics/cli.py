@@ -1,0 +1,283 @@
+"""`flask usage …`: what the owner of an app can ask for in a terminal.
+
+Results go to stdout, all else to stderr. A command ends with 0 if it did all it was asked for, 1 if
+not, so that trying again makes sense, 2 if it was asked for wrongly, and 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from itertools import islice
+from typing import Any
+
+import click
+from flask import current_app
+from flask.cli import AppGroup
+
+from flask_usage_metrics import settings
+from flask_usage_metrics.errors import ConfigError, StorageError
+from flask_usage_metrics.extension import EXTENSION, Tracking, own_version
+from flask_usage_metrics.replay import NotTaken, Replay
+from flask_usage_metrics.storage import Storage
+
+usage = AppGroup("usage", help="What flask_usage_metrics knows of this app's requests.")
+
+
+class Refused(click.ClickException):
+    """A command cannot begin: the app or its environment is not set up for it."""
+
+    exit_code = 2
+
+
+class Interrupted(click.ClickException):
+    """Ctrl-C ended a command; the message says how to go on."""
+
+    exit_code = 130
+
+
+# ------------------------------------------------------------------------ times
+
+_UNITS = {
+    "m": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+    "w": timedelta(weeks=1),
+}
+_AGO = re.compile(r"([0-9]{1,9})([mhdw])")
+# Not all that fromisoformat takes: that depends on Python's version.
+_MOMENT = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+    r"([t ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{3}([0-9]{3})?)?)?(z|[+-][0-9]{2}:[0-9]{2})?)?"
+)
+
+
+def when(ctx: click.Context, param: click.Parameter, value: str) -> datetime:
+    """Return the moment that was meant; for the callback of an option.
+
+    All options of one command line have the same now.
+
+    Raises:
+        BadParameter: It is not a time.
+    """
+    now = ctx.meta.setdefault("flask_usage_metrics.now", datetime.now(timezone.utc))
+    try:
+        return parse_when(value, now)
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is not a time: expected such as 7d, 24h, 90m, yesterday, today, now, "
+            "2026-08-01, 2026-08-01T12:00 (UTC) or 2026-08-01T12:00:00+02:00",
+            ctx,
+            param,
+        ) from None
+
+
+def parse_when(text: str, now: datetime) -> datetime:
+    """Return the moment that was meant, in UTC.
+
+    Args:
+        text: So long ago (``90m``, ``24h``, ``7d``, ``2w``); ``now``; ``today`` or ``yesterday``,
+            which mean their midnight; or ISO 8601, where a date is its midnight and what has no
+            offset is UTC.
+        now: Aware UTC.
+
+    Raises:
+        ValueError: It is none of these, or before the year 1 or after 9999.
+    """
+    text = text.strip().lower()
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    try:
+        if text == "now":
+            return now
+        if text == "today":
+            return midnight
+        if text == "yesterday":
+            return midnight - timedelta(days=1)
+        if ago := _AGO.fullmatch(text):
+            return now - int(ago[1]) * _UNITS[ago[2]]
+        if _MOMENT.fullmatch(text):
+            moment = datetime.fromisoformat(text.replace("z", "+00:00"))
+            if moment.tzinfo is None:
+                return moment.replace(tzinfo=timezone.utc)
+            return moment.astimezone(timezone.utc)
+    except OverflowError:
+        pass
+    raise ValueError("not a time")
+
+
+def _to_the_minute(moment: datetime) -> str:
+    return moment.replace(tzinfo=None).isoformat(" ", "minutes")
+
+
+def _exactly(moment: datetime) -> str:
+    """Return a moment as `parse_when` takes it."""
+    return moment.replace(tzinfo=None).isoformat() + "Z"
+
+
+# ------------------------------------------------------------------------ the app
+
+
+def _storage() -> Storage:
+    """Return the first storage of the current app that can be read.
+
+    Raises:
+        Refused: There is none.
+    """
+    tracking: Tracking | None = current_app.extensions.get(EXTENSION)
+    if tracking is None:
+        raise Refused(
+            f"the app {current_app.name!r} is not tracked: "
+            "call TrackUsage(app), or usage.init_app(app) in its factory"
+        )
+    try:
+        return tracking.owner.storage
+    except RuntimeError:
+        raise Refused(
+            "none of the app's storages can be read: "
+            "add one to TRACK_USAGE_STORAGE, such as sqlite:///usage.sqlite3"
+        ) from None
+
+
+def _amount(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}".replace(",", " ")
+
+
+# ------------------------------------------------------------------------ flask usage replay-spans
+
+
+@usage.command(
+    "replay-spans",
+    short_help="Export stored records as OpenTelemetry spans.",
+    epilog="""\b
+    Examples:
+      flask --app shop usage replay-spans --since 7d --dry-run
+      flask --app shop usage replay-spans --since 2026-08-01 --until today --status-class 5xx
+    """,
+)
+@click.option(
+    "--since", metavar="WHEN", callback=when, required=True, help="Requests from then on."
+)
+@click.option(
+    "--until",
+    metavar="WHEN",
+    callback=when,
+    default="now",
+    show_default=True,
+    help="Requests before then.",
+)
+@click.option("--endpoint", "endpoints", multiple=True, help="Only of this one; may be repeated.")
+@click.option(
+    "--status-class",
+    "status_classes",
+    multiple=True,
+    type=click.Choice(["1xx", "2xx", "3xx", "4xx", "5xx"], case_sensitive=False),
+    help="Only of this one; may be repeated.",
+)
+@click.option("--dry-run", is_flag=True, help="Say how many there are, and export none.")
+@click.option(
+    "--batch",
+    "size",
+    metavar="N",
+    type=click.IntRange(1, 10_000),
+    default=512,
+    show_default=True,
+    help="Spans to send at a time.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Say only what went wrong.")
+def replay_spans(
+    since: datetime,
+    until: datetime,
+    endpoints: Sequence[str],
+    status_classes: Sequence[str],
+    dry_run: bool,
+    size: int,
+    quiet: bool,
+) -> None:
+    """Export stored records as OpenTelemetry spans, such as to fill a new tracing backend.
+
+    Each record becomes a span, sampled or not at the time, that says what the record does. Its ids
+    are those of the request, or made of the record's: doing it again gives the same spans.
+
+    They go to a collector over OTLP/HTTP, as OpenTelemetry's variables say:
+    OTEL_EXPORTER_OTLP_ENDPOINT (default: http://localhost:4318), OTEL_EXPORTER_OTLP_HEADERS,
+    OTEL_EXPORTER_OTLP_TIMEOUT (seconds to try, default: 10), OTEL_SERVICE_NAME (default: the
+    app's name).
+
+    WHEN is 90m, 24h, 7d or 2w ago, yesterday, today, now, 2026-08-01, 2026-08-01T12:00 or
+    2026-08-01T12:00:00+02:00; without an offset it is UTC.
+    """
+    if since >= until:
+        raise click.UsageError(
+            f"--since must be before --until, but {_exactly(since)} is not before {_exactly(until)}"
+        )
+    storage = _storage()
+    filters: dict[str, Any] = {}
+    if endpoints:
+        filters["endpoint"] = list(endpoints)
+    if status_classes:
+        filters["status_class"] = list(status_classes)
+    stretch = f"{_to_the_minute(since)} to {_to_the_minute(until)} UTC"
+    has_bar = not (quiet or dry_run) and sys.stderr.isatty()
+    exported = unfit = 0
+    going_on = since
+
+    def state(why: str) -> str:
+        if dry_run:
+            return why
+        return (
+            f"{why}; {_amount(exported, 'span')} exported\n"
+            f"To go on: the same with --since {_exactly(going_on)} --until {_exactly(until)}"
+        )
+
+    try:
+        if dry_run:
+            count = storage.count(since, until, **filters)
+            if not quiet:
+                click.echo(f"{_amount(count, 'span')} would be exported, {stretch}")
+            return
+        with Replay(current_app.name, user=_names_users(), version=own_version()) as replay:
+            count = storage.count(since, until, **filters) if has_bar else 0
+            records = storage.records(since, until, **filters)
+            with _progress(count if has_bar else None) as advance:
+                while batch := list(islice(records, size)):
+                    going_on = batch[0].started_at
+                    sent = replay.send(batch)
+                    exported += sent
+                    unfit += len(batch) - sent
+                    going_on = batch[-1].started_at
+                    advance(len(batch))
+    except KeyboardInterrupt:
+        raise Interrupted(state("interrupted")) from None
+    except NotTaken as error:
+        raise click.ClickException(
+            state(f"the collector did not take the spans: {error}")
+        ) from None
+    except StorageError as error:
+        raise click.ClickException(state(f"the storage cannot be read now: {error}")) from None
+    except ConfigError as error:
+        raise Refused(str(error)) from None
+    except NotImplementedError:
+        raise Refused("the app's storage does not offer records()") from None
+    if not quiet:
+        click.echo(f"{_amount(exported, 'span')} exported, {stretch}")
+    if unfit:
+        raise click.ClickException(
+            f"{_amount(unfit, 'record')} cannot be spans, such as by their times"
+        )
+
+
+def _names_users() -> bool:
+    return settings.read(current_app.config).traces_enduser
+
+
+@contextmanager
+def _progress(length: int | None) -> Iterator[Callable[[int], None]]:
+    """Show a bar on stderr, of a length that is known; yields what makes it longer."""
+    if length is None:
+        yield lambda steps: None
+        return
+    with click.progressbar(length=length, label="Spans", show_pos=True, file=sys.stderr) as bar:
+        yield bar.update
