@@ -93,7 +93,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._unlocated: list[Item] = []
         self._folding = 0
-        self._dropped = self._lost = 0
+        self._dropped = self._dropped_spans = self._lost = 0
         self._has_begun = False
         self._is_shared = self._ends = False
         self._has_threads = True
@@ -154,7 +154,7 @@ class Pipeline:
         if not self._has_begun:  # it was closed
             self.begin(self._is_shared, self._ends)
         if not self._journal.append(observation):
-            self._drop()
+            self._drop(observation)
         if self._ends:
             self.close(_INLINE_SECONDS)
             return
@@ -172,9 +172,10 @@ class Pipeline:
         with self._short:
             self._lost += 1
 
-    def _drop(self) -> None:
+    def _drop(self, observation: Observation) -> None:
         with self._short:
             self._dropped += 1
+            self._dropped_spans += self._has_span(observation)
         self._faults.report("journal", "no room", "a request was not counted")
 
     def _rouse(self) -> None:
@@ -285,13 +286,14 @@ class Pipeline:
         sampled: set[str] = set()
         decided: dict[Stream, list[int]] = {}
         uncounted: dict[Stream, list[int]] = {}
-        failed = 0
+        failed = failed_spans = 0
         for item in items:
             try:
                 record = self._enricher.enrich(item.seen, item.stream.origin)
             except Exception as error:  # noqa: BLE001 - one poisonous request among others
                 self._faults.report("enrichment", error, "a request was not counted")
                 failed += 1
+                failed_spans += self._has_span(item.seen)
             else:
                 if record is None:
                     self._unlocated.append(item)
@@ -310,6 +312,7 @@ class Pipeline:
         self._mark(uncounted)
         with self._short:
             dropped, self._dropped = self._dropped, 0
+            dropped_spans, self._dropped_spans = self._dropped_spans, 0
             failed, self._lost = failed + self._lost, 0
         folds = {stream.file: stream.fold for stream in uncounted if stream.file is not None}
         self._totals.add(to_count, folds, sampled)
@@ -322,11 +325,15 @@ class Pipeline:
         self._account.add(written=len(to_count), dropped=dropped, failed=failed)
         for sink in self._sinks:
             if sink is self._spans:
-                sink.put(traced, dropped=0, failed=0)
+                sink.put(traced, dropped=dropped_spans, failed=failed_spans)
             else:
                 sink.put(records, dropped=dropped, failed=failed)
         self._settlement.note(decided, (*self._unlocated, *rest))
         self._folding = 0
+
+    def _has_span(self, seen: Observation) -> bool:
+        trace = seen.trace
+        return self._spans is not None and bool(trace and trace.is_own and trace.is_sampled)
 
     def _hand_over(self, item: Item, record: UsageRecord) -> None:
         """Keep a span under its record's id; one of a process that died is made again."""

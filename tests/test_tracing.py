@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, TraceIdRatioBased
 
 from flask_usage_metrics import ConfigError
+from flask_usage_metrics.enrichment import Enricher
 
 Make = Callable[..., Site]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -376,6 +377,25 @@ def test_samplers_see_method_and_path(make_site: Make) -> None:
     traced.site.get("/health")
     expected = {"http.request.method": "GET", "url.path": "/health", "url.scheme": "http"}
     assert seen == [("GET", trace.SpanKind.SERVER, expected)]
+
+
+def test_what_there_is_no_room_for_or_fails_is_counted_here_too(
+    make_site: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = Traced(make_site, BUFFER_RECORDS=10, FLUSH_SECONDS=60)
+    for _ in range(15):
+        traced.site.get()
+    assert len(traced.spans()) == 10
+    assert traced.site.account("traces") == {"written": 10, "dropped": 5, "failed": 0, "pending": 0}
+
+    def fails(*_: object) -> Any:
+        raise ValueError
+
+    monkeypatch.setattr(Enricher, "enrich", fails)
+    traced.site.get()
+    assert len(traced.spans()) == 10
+    assert traced.site.account("traces") == {"written": 10, "dropped": 5, "failed": 1, "pending": 0}
+    assert traced.site.account("metrics")["failed"] == 1
 
 
 # ------------------------------------------------------------------------ joining
