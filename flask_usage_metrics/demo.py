@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
+from typing import Any
 
 from flask import Blueprint, Flask, Response, abort, g, redirect, request, url_for
 from prometheus_client import CollectorRegistry
@@ -34,13 +35,22 @@ HOST = "127.0.0.1"
 VISITORS = 8  # at a time
 
 
-def make_app(storage: str) -> tuple[Flask, TrackUsage]:
-    """Make the shop; a wrong storage URL is a ConfigError."""
+def create_app(storage: Any = None, **options: Any) -> Flask:
+    """Make the shop for a server such as gunicorn: 'flask_usage_metrics.demo:create_app()'."""
+    return make_app(storage, **options)[0]
+
+
+def make_app(storage: Any, **options: Any) -> tuple[Flask, TrackUsage]:
+    """Make the shop; what is wrong with the arguments, those of TrackUsage, is a ConfigError."""
     app = Flask("shop", static_folder=None)
     # The visitors all come from this machine; whom they speak for is in X-Forwarded-For.
     app.config["TRACK_USAGE_TRUSTED_PROXIES"] = [HOST]
+    # One checkout in twenty-five crashes, and a search may take long: so that there is an error
+    # budget to watch being used up.
+    app.config["TRACK_USAGE_SLO"] = {"availability": 0.99, "latency": (0.95, 0.05)}
+    app.config.from_prefixed_env()
     # A registry of its own, so that a second shop in this process counts from zero.
-    usage = TrackUsage(app, storage, registry=CollectorRegistry())
+    usage = TrackUsage(app, storage, **{"registry": CollectorRegistry(), **options})
     app.register_blueprint(make_shop())
     app.register_blueprint(make_api())
     app.logger.disabled = True  # some checkouts crash on purpose: not a traceback for each
@@ -280,6 +290,8 @@ def live_line(port: int, usage: TrackUsage, since: datetime) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns 0, 1 if storage and metrics disagree, or 2 if it cannot run."""
     options = parse(arguments)
+    if options.visit is not None:
+        return visit(options.visit, options.requests, options.seed)
     try:
         # Not left to the server, which would end the process with a message of its own.
         listener = socket.create_server((HOST, options.port))
@@ -317,12 +329,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--storage", metavar="URL", help="where to keep the records, such as "
         "sqlite:///demo.sqlite3 (default: a temporary file, removed at the end)")  # fmt: skip
     add("--port", type=int, default=0, help="port on 127.0.0.1 (default: a free one)")
+    add("--visit", type=int, metavar="PORT", help="only send visitors, to a shop that is served "
+        "already, such as by gunicorn 'flask_usage_metrics.demo:create_app()'")  # fmt: skip
     add("--seed", type=int, default=1, help="the same seed sends the same requests (default: 1)")
     options = parser.parse_args(arguments)
     if options.requests is not None and options.requests < 1:
         parser.error(f"argument --requests: must be 1 or more, not {options.requests}")
-    if not 0 <= options.port < 65536:
-        parser.error(f"argument --port: must be from 0 to 65535, not {options.port}")
+    for name, port in (("port", options.port), ("visit", options.visit or 0)):
+        if not 0 <= port < 65536:
+            parser.error(f"argument --{name}: must be from 0 to 65535, not {port}")
     return options
 
 
@@ -344,19 +359,7 @@ def serving(app: Flask, listener: socket.socket) -> Iterator[int]:
 def run(port: int, usage: TrackUsage, requests: int | None, seed: int) -> int:
     """Let the visitors in, watch them, and compare in the end; returns the exit code."""
     since = datetime.now(timezone.utc)  # a storage that was kept has older records, too
-    stopped, pause_seconds = Event(), 0.3 if requests is None else 0.0
-    with ThreadPoolExecutor(VISITORS) as pool:
-        sendings = []
-        try:
-            for number in range(VISITORS):
-                # A seed and a share for each, so that it does not matter who is faster.
-                share = None if requests is None else (requests + number) // VISITORS
-                todo = islice(visits(random.Random(f"{seed}-{number}")), share)
-                sendings.append(pool.submit(send, port, todo, pause_seconds, stopped))
-            watch(port, usage, since, sendings)
-        finally:
-            stopped.set()
-    sent = sum(sending.result() for sending in sendings)
+    sent = let_in(port, requests, seed, lambda: live_line(port, usage, since))
     # The last answers have arrived, but the server may not be through with them yet.
     until = time.monotonic() + 5.0
     while (counted := read_counted(port)).total() < sent and time.monotonic() < until:
@@ -371,12 +374,42 @@ def run(port: int, usage: TrackUsage, requests: int | None, seed: int) -> int:
     return 0
 
 
-def watch(port: int, usage: TrackUsage, since: datetime, sendings: list[Future[int]]) -> None:
+def visit(port: int, requests: int | None, seed: int) -> int:
+    """Let visitors into a shop that others serve; returns the exit code."""
+    try:
+        ask(port, "GET", "/")
+    except (OSError, HTTPException) as error:
+        print(f"demo: port {port}: {error}", file=sys.stderr)
+        return 2
+    print("Ctrl-C ends it.", flush=True)
+    sent = let_in(port, requests, seed, lambda: f"metrics: http://{HOST}:{port}/metrics")
+    print(f"{sent + 1:,} requests sent.")
+    return 0
+
+
+def let_in(port: int, requests: int | None, seed: int, describe: Callable[[], str]) -> int:
+    """Let the visitors in until all is sent or Ctrl-C; returns how many requests were sent."""
+    stopped, pause_seconds = Event(), 0.3 if requests is None else 0.0
+    with ThreadPoolExecutor(VISITORS) as pool:
+        sendings = []
+        try:
+            for number in range(VISITORS):
+                # A seed and a share for each, so that it does not matter who is faster.
+                share = None if requests is None else (requests + number) // VISITORS
+                todo = islice(visits(random.Random(f"{seed}-{number}")), share)
+                sendings.append(pool.submit(send, port, todo, pause_seconds, stopped))
+            watch(sendings, describe)
+        finally:
+            stopped.set()
+    return sum(sending.result() for sending in sendings)
+
+
+def watch(sendings: list[Future[int]], describe: Callable[[], str]) -> None:
     """Print what was seen so far, in place on a terminal, until all is sent or Ctrl-C."""
     live = sys.stdout.isatty()
     with suppress(KeyboardInterrupt):
         while wait(sendings, 0.5 if live else 3.0).not_done:
-            line = live_line(port, usage, since)
+            line = describe()
             print(f"\r{line:79.79}" if live else line, end="" if live else "\n", flush=True)
     print("\n" * live)
 

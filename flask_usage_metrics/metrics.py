@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from flask_usage_metrics.exemplars import Row
+from flask_usage_metrics.objectives import Objective
 from flask_usage_metrics.query import BUCKETS
 
 REQUEST_LABELS = ("method", "endpoint", "status", "country")
@@ -17,6 +18,7 @@ LABELS = (
     "client",
     "consumer",
     "window",
+    "slo",
     "sink",
     "result",
     "label",
@@ -97,6 +99,18 @@ VISITORS = Description(
     "Different visitors since midnight UTC (window 1d), where they are told apart.",
     ("window",),
 )
+OBJECTIVES = Description(
+    "flask_usage_slo_objective_ratio",
+    "gauge",
+    "The share of requests that are to be good, by declared objective.",
+    ("slo",),
+)
+OBJECTIVE_EVENTS = Description(
+    "flask_usage_slo_events_total",
+    "counter",
+    "Requests by declared objective, good or bad.",
+    ("slo", "result"),
+)
 IN_PROGRESS = Description(
     "flask_usage_requests_in_progress",
     "gauge",
@@ -152,6 +166,8 @@ DESCRIPTIONS = (
     CLIENT_REQUESTS,
     CONSUMER_REQUESTS,
     VISITORS,
+    OBJECTIVES,
+    OBJECTIVE_EVENTS,
     IN_PROGRESS,
     RECORDS,
     PENDING,
@@ -174,12 +190,14 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         histogram_labels: Labels of the histogram, some of `REQUEST_LABELS` in their order.
         buckets: Upper bounds of the latency buckets in seconds, ascending.
         label_names: New names of labels, by their own.
+        objectives: What each request is held against.
     """
 
     max_series: int = 10_000
     histogram_labels: tuple[str, ...] = REQUEST_LABELS
     buckets: tuple[float, ...] = BUCKETS
     label_names: dict[str, str] = {}
+    objectives: tuple[Objective, ...] = ()
 
 
 class LabelSet:

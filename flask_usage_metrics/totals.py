@@ -29,6 +29,8 @@ from flask_usage_metrics.metrics import (
     IN_PROGRESS,
     JOURNALED,
     METHODS,
+    OBJECTIVE_EVENTS,
+    OBJECTIVES,
     OTHER_METHOD,
     OTHER_STATUS,
     OVERFLOW,
@@ -155,11 +157,15 @@ class Totals:
         self._sizes = self._table(RESPONSE_BYTES, 2)  # sent, received
         self._clients = self._table(CLIENT_REQUESTS, 1)
         self._consumers = self._table(CONSUMER_REQUESTS, 1)
+        self._events = self._table(OBJECTIVE_EVENTS, 1)
         self._overflow = self._table(OVERFLOW, 1)
         self._results = self._table(RECORDS, 1)
         self._failures = self._table(FAULTS, 1)
         for label in ("country", "endpoint", "exception", "consumer"):
             self._overflow.row((label,))
+        for objective in self.shape.objectives:
+            for result in ("good", "bad"):
+                self._events.row((objective.name, result))
         self._published: dict[tuple[int, str], int] = {}
         self._folded: dict[JournalFile, int] = {}
         for account in self._accounts:
@@ -232,6 +238,8 @@ class Totals:
         sizes[0] += record.bytes_sent
         sizes[1] += record.bytes_received or 0
         self._clients.row((record.client,))[0] += 1
+        for objective in self.shape.objectives:
+            self._events.row(objective.event(record))[0] += 1
         if record.consumer is not None:
             consumed = (record.consumer, values[2])
             fitted = self._consumers.fit(consumed, (FOLDED, values[2]))
@@ -398,6 +406,7 @@ class Totals:
                     EXCEPTIONS,
                     CLIENT_REQUESTS,
                     CONSUMER_REQUESTS,
+                    OBJECTIVE_EVENTS,
                     OVERFLOW,
                     RECORDS,
                     FAULTS,
@@ -459,7 +468,8 @@ class Totals:
         )
 
     def _sampled(self, workers: list[Gauges]) -> dict[Description, list[tuple[LabelSet, float]]]:
-        computed: dict[Description, dict[Values, int]] = {
+        computed: dict[Description, dict[Values, float]] = {
+            OBJECTIVES: {(objective.name,): objective.ratio for objective in self.shape.objectives},
             IN_PROGRESS: {(): sum(worker.in_progress for worker in workers)},
             PENDING: _keyed(_merged(sum, [worker.pending for worker in workers])),
             SINK_UP: _keyed(_merged(min, [worker.up for worker in workers])),
@@ -482,7 +492,7 @@ def _names(described: Description, shape: Shape) -> tuple[str, ...]:
     return tuple(shape.label_names.get(label, label) for label in labels)
 
 
-def _keyed(values: Mapping[str, int]) -> dict[Values, int]:
+def _keyed(values: Mapping[str, int]) -> dict[Values, float]:
     return {(name,): int(value) for name, value in values.items()}
 
 

@@ -130,6 +130,9 @@ class Site:
         assert sum(sent.values()) == sum(record.bytes_sent for record in records)
         raised = samples(text, "flask_usage_exceptions_total")
         assert sum(raised.values()) == sum(r.exception is not None for r in records)
+        for objective in samples(text, "flask_usage_slo_objective_ratio"):
+            held = samples(text, "flask_usage_slo_events_total")
+            assert sum(n for key, n in held.items() if objective[0] in key) == len(records)
         consumed = samples(text, "flask_usage_consumer_requests_total")
         assert sum(consumed.values()) == sum(r.consumer is not None for r in records)
         for visitors in samples(text, "flask_usage_visitors").values():

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
+from gunicorn_server import Gunicorn, until
 
 from flask_usage_metrics import UsageRecord, demo
 from flask_usage_metrics.storage import open_storage
@@ -229,3 +230,29 @@ def test_without_iptocc_it_says_that_countries_stay_unknown(
     shown = capsys.readouterr().out
     assert "Countries stay unknown: pip install 'flask-usage-metrics[country]'\n" in shown
     assert {country for _, _, country, _, _ in ROW.findall(shown)} == {"ZZ"}
+
+
+def test_visitors_can_be_sent_to_a_shop_that_gunicorn_serves(tmp_path: Path) -> None:
+    app = "from flask_usage_metrics.demo import create_app\n\napp = create_app()\n"
+    with Gunicorn(tmp_path, "-w", "2", app=app, FLASK_TRACK_USAGE_STATE_DIR="state") as server:
+        done = subprocess.run(
+            [*COMMAND, "--visit", str(server.port), "--requests", "60"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.endswith("\n61 requests sent.\n")
+        until(lambda: demo.read_counted(server.port).total(), 61)
+        slo = [line for line in server.get("/metrics").splitlines() if "slo_events_total{" in line]
+        assert len(slo) == 4
+        assert sum(float(line.split()[-1]) for line in slo) == 2 * 61
+
+
+def test_visitors_of_a_shop_that_nobody_serves_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server((demo.HOST, 0)) as free:
+        port = free.getsockname()[1]
+    assert demo.main(["--visit", str(port)]) == 2
+    assert capsys.readouterr().err.startswith(f"demo: port {port}: ")
