@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,16 @@ class Prometheus:
         *targets: What it scrapes each second, as ``"host:port"``.
         job: Value of the label ``job``.
         path: Where the targets' metrics are.
+        rules: Files of recording and alert rules; their groups say how often.
     """
 
     def __init__(
-        self, folder: Path, *targets: str, job: str = "shop", path: str = "/metrics"
+        self,
+        folder: Path,
+        *targets: str,
+        job: str = "shop",
+        path: str = "/metrics",
+        rules: Sequence[Path] = (),
     ) -> None:
         binary = shutil.which("prometheus")
         if binary is None:
@@ -41,9 +48,12 @@ class Prometheus:
             "static_configs": [{"targets": list(targets)}],
         }
         every = {"scrape_interval": "1s", "scrape_timeout": "1s"}
-        # JSON is YAML.
-        configuration = json.dumps({"global": every, "scrape_configs": [scraped]})
-        (folder / "prometheus.yml").write_text(configuration)
+        configuration = {
+            "global": every,
+            "scrape_configs": [scraped],
+            "rule_files": [str(file) for file in rules],
+        }
+        (folder / "prometheus.yml").write_text(json.dumps(configuration))  # JSON is YAML
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -101,6 +111,14 @@ class Prometheus:
         now = time.time()
         found: list[dict[str, Any]]
         found = self._ask("query_exemplars", query=expression, start=now - 3600, end=now + 60)
+        return found
+
+    def alerts(self) -> list[dict[str, Any]]:
+        """Return the alerts that are active: ``{"labels": ..., "annotations": ..., "state": ...}``.
+
+        The state is ``"pending"`` for as long as the rule's ``for`` says, then ``"firing"``.
+        """
+        found: list[dict[str, Any]] = self._ask("alerts")["alerts"]
         return found
 
     def _ask(self, what: str, **parameters: Any) -> Any:
