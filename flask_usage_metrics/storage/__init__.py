@@ -10,7 +10,11 @@ from flask_usage_metrics.storage.base import CallableWriter, Storage, Writer
 
 __all__ = ["Storage", "Writer", "as_writer", "open_storage"]
 
-_EXPECTED = "expected sqlite:///file, jsonl:///file or print:"
+_EXPECTED = (
+    "expected sqlite:///file, postgresql://user:password@host/database, "
+    "mysql://user:password@host/database, jsonl:///file or print:"
+)
+_SQL = ("sqlite", "postgresql", "postgres", "mysql", "mariadb")
 
 
 def open_storage(url: str) -> Writer:
@@ -18,12 +22,13 @@ def open_storage(url: str) -> Writer:
 
     Args:
         url: ``sqlite:///relative/file``, ``sqlite:////absolute/file``, ``sqlite://`` (in memory),
+            ``postgresql://user:password@host/database``, ``mysql://user:password@host/database``,
             ``jsonl:///relative/file``, ``jsonl:////absolute/file`` or ``print:``. What is
             relative is so to the directory the process is in now.
 
     Raises:
-        ConfigError: The URL is not one of these. The message never repeats the URL, which may
-            hold a password, only its scheme.
+        ConfigError: The URL is not one of these, or what it needs is not installed. The message
+            never repeats the URL, which may hold a password, only its scheme.
     """
     return _open(url, "storage URL")
 
@@ -75,7 +80,7 @@ def _open(url: str, where: str) -> Writer:
                 "three slashes or four"
             )
         return JSONLinesStorage(path)
-    if scheme.partition("+")[0] == "sqlite":
+    if scheme.partition("+")[0] in _SQL:
         from flask_usage_metrics.storage.sql import SQLStorage
 
         try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
 import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
 
 from flask_usage_metrics.query import as_utc
 from flask_usage_metrics.record import UsageRecord
@@ -17,50 +19,71 @@ from flask_usage_metrics.record import UsageRecord
 to_json = msgspec.json.Encoder().encode
 _from_json = msgspec.json.Decoder().decode
 
+# Types of columns, as wide as each database has them. MySQL's TEXT ends after 65 535 bytes, and
+# MariaDB 10.11 cuts what an INSERT … SELECT brings without a word; its FLOAT has four bytes, and
+# its DATETIME whole seconds.
+_MYSQL = ("mysql", "mariadb")
+TEXT = sa.Text().with_variant(mysql.LONGTEXT(), *_MYSQL)
+INTEGER = sa.Integer()
+BIG_INTEGER = sa.BigInteger()
+FLOAT: sa.types.TypeEngine[float] = sa.Double().with_variant(sa.Float(), "sqlite")
+BOOLEAN = sa.Boolean()
+MOMENT = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), *_MYSQL)
+# SQLite counts up only what is declared exactly so, and has 64 bits all the same.
+SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+MOST_KEY_CHARACTERS = 255
+"""Length of a text that an index is for: all MySQL can have in one, of four bytes each."""
+# In PostgreSQL texts are sorted as the database says, such as without regard to "-".
+KEY = (
+    sa.Text()
+    .with_variant(sa.Text(collation="C"), "postgresql")
+    .with_variant(sa.String(MOST_KEY_CHARACTERS), *_MYSQL)
+)
+
 # Column, type, field of the record. First flask-track-usage's in its order, which people's own
-# SQL relies on, then ours. Text has no length: SQLite ignores it, and what is legal must fit.
-COLUMNS: tuple[tuple[str, type[sa.types.TypeEngine[Any]], str], ...] = (
-    ("url", sa.Text, "url"),
-    ("ua_browser", sa.Text, "browser"),
-    ("ua_language", sa.Text, "language"),
-    ("ua_platform", sa.Text, "platform"),
-    ("ua_version", sa.Text, "browser_version"),
-    ("blueprint", sa.Text, "blueprint"),
-    ("view_args", sa.Text, "view_args"),
-    ("status", sa.Integer, "status"),
-    ("remote_addr", sa.Text, "remote_addr"),
-    ("xforwardedfor", sa.Text, "forwarded_for"),
-    ("authorization", sa.Boolean, "authorization"),
-    ("ip_info", sa.Text, "ip_info"),
-    ("path", sa.Text, "path"),
-    ("speed", sa.Float, "duration_seconds"),
-    ("datetime", sa.DateTime, "started_at"),
-    ("username", sa.Text, "username"),
-    ("track_var", sa.Text, "track_var"),
-    ("record_id", sa.Text, "id"),
-    ("method", sa.Text, "method"),
-    ("scheme", sa.Text, "scheme"),
-    ("host", sa.Text, "host"),
-    ("root_path", sa.Text, "root_path"),
-    ("query", sa.Text, "query"),
-    ("protocol", sa.Text, "protocol"),
-    ("endpoint", sa.Text, "endpoint"),
-    ("rule", sa.Text, "rule"),
-    ("exception", sa.Text, "exception"),
-    ("bytes_sent", sa.BigInteger, "bytes_sent"),
-    ("bytes_received", sa.BigInteger, "bytes_received"),
-    ("country", sa.Text, "country"),
-    ("user_agent", sa.Text, "user_agent"),
-    ("client", sa.Text, "client"),
-    ("referrer", sa.Text, "referrer"),
-    ("visitor", sa.Text, "visitor"),
-    ("trace_id", sa.Text, "trace_id"),
-    ("span_id", sa.Text, "span_id"),
-    ("queue_seconds", sa.Float, "queue_seconds"),
-    ("app", sa.Text, "app"),
-    ("process", sa.Text, "process"),
-    ("consumer", sa.Text, "consumer"),
-    ("parent_span_id", sa.Text, "parent_span_id"),
+# SQL relies on, then ours. Text has no length: what is legal must fit.
+COLUMNS: tuple[tuple[str, sa.types.TypeEngine[Any], str], ...] = (
+    ("url", TEXT, "url"),
+    ("ua_browser", TEXT, "browser"),
+    ("ua_language", TEXT, "language"),
+    ("ua_platform", TEXT, "platform"),
+    ("ua_version", TEXT, "browser_version"),
+    ("blueprint", TEXT, "blueprint"),
+    ("view_args", TEXT, "view_args"),
+    ("status", INTEGER, "status"),
+    ("remote_addr", TEXT, "remote_addr"),
+    ("xforwardedfor", TEXT, "forwarded_for"),
+    ("authorization", BOOLEAN, "authorization"),
+    ("ip_info", TEXT, "ip_info"),
+    ("path", TEXT, "path"),
+    ("speed", FLOAT, "duration_seconds"),
+    ("datetime", MOMENT, "started_at"),
+    ("username", TEXT, "username"),
+    ("track_var", TEXT, "track_var"),
+    ("record_id", KEY, "id"),
+    ("method", TEXT, "method"),
+    ("scheme", TEXT, "scheme"),
+    ("host", TEXT, "host"),
+    ("root_path", TEXT, "root_path"),
+    ("query", TEXT, "query"),
+    ("protocol", TEXT, "protocol"),
+    ("endpoint", TEXT, "endpoint"),
+    ("rule", TEXT, "rule"),
+    ("exception", TEXT, "exception"),
+    ("bytes_sent", BIG_INTEGER, "bytes_sent"),
+    ("bytes_received", BIG_INTEGER, "bytes_received"),
+    ("country", TEXT, "country"),
+    ("user_agent", TEXT, "user_agent"),
+    ("client", TEXT, "client"),
+    ("referrer", TEXT, "referrer"),
+    ("visitor", TEXT, "visitor"),
+    ("trace_id", TEXT, "trace_id"),
+    ("span_id", TEXT, "span_id"),
+    ("queue_seconds", FLOAT, "queue_seconds"),
+    ("app", TEXT, "app"),
+    ("process", TEXT, "process"),
+    ("consumer", TEXT, "consumer"),
+    ("parent_span_id", TEXT, "parent_span_id"),
 )
 COLUMN_NAMES = tuple(column for column, _, _ in COLUMNS)
 COLUMN_OF = {field: column for column, _, field in COLUMNS}
@@ -80,15 +103,54 @@ IF_NULL: dict[str, Any] = {
 }
 
 
+class Index(NamedTuple):
+    """An index, described apart from its table, so that nobody else makes it, and otherwise."""
+
+    name: str
+    table: sa.Table
+    columns: tuple[str, ...]
+    unique: bool = False
+
+
+def time_index(table: sa.Table) -> Index:
+    """Return the index that pages are read by."""
+    return Index(f"ix_{table.name}_datetime", table, ("datetime", "record_id"))
+
+
+def record_index(table: sa.Table) -> Index:
+    """Return the index that tells duplicates."""
+    return Index(f"ix_{table.name}_record_id", table, ("record_id",), unique=True)
+
+
 def describe(name: str, metadata: sa.MetaData | None) -> sa.Table:
     """Return the table of that name, described in the metadata or in one of its own."""
     return sa.Table(
         name,
         sa.MetaData() if metadata is None else metadata,
-        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("id", SERIAL, primary_key=True),
         *(sa.Column(column, kind) for column, kind, _ in COLUMNS),
         extend_existing=True,
     )
+
+
+class Filled:
+    """Which columns rows have ever had a value for; the others need not be named.
+
+    Up to Python 3.11 sqlite3 looks for an adapter for each None, at 3 000 instructions, and a row
+    has ten of them: leaving them out made writing a third cheaper. MariaDB takes 40 columns out of
+    JSON in twice the time it takes 28.
+    """
+
+    def __init__(self) -> None:
+        self._columns = (False,) * len(COLUMNS)
+
+    def with_rows(self, rows: Sequence[Sequence[Any]]) -> tuple[bool, ...]:
+        """Return for each column whether it has a value in these rows, or had one before."""
+        self._columns = tuple(
+            known or any(row[position] is not None for row in rows)
+            for position, known in enumerate(self._columns)
+        )
+        return self._columns
 
 
 def to_row(record: UsageRecord) -> tuple[Any, ...]:
@@ -148,10 +210,13 @@ def to_record(key: int, url: str | None, fields: dict[str, Any]) -> UsageRecord:
 
     Args:
         key: The primary key, of which an id is made if there is none.
-        url: The whole URL.
+        url: The whole URL, if there is no scheme.
         fields: The values by field of the record, as stored.
     """
-    fields["started_at"] = datetime.fromisoformat(fields["started_at"]).replace(tzinfo=timezone.utc)
+    moment = fields["started_at"]
+    if isinstance(moment, str):
+        moment = datetime.fromisoformat(moment)
+    fields["started_at"] = moment.replace(tzinfo=timezone.utc)
     fields["authorization"] = bool(fields["authorization"])
     fields["view_args"] = _object(fields["view_args"])
     fields["ip_info"] = _object(fields["ip_info"])
