@@ -1,4 +1,9 @@
-"""flask-track-usage's sums by hour, day and month, made of the records when they are asked for."""
+"""flask-track-usage's sums by hour, day and month, made of the records when they are asked for.
+
+So there is nothing to keep up to date, and nothing that parallel workers could overwrite.
+"""
+
+# ruff: noqa: N816 - the names are flask-track-usage's
 
 from __future__ import annotations
 
@@ -18,8 +23,7 @@ class Summation(msgspec.Struct, frozen=True):
 
     Attributes:
         name: Its name there; ``name + "s"``, as in that documentation, means the same.
-        field: Field of the record that is grouped by and can be filtered by, one of
-            `EQUALITY_FILTERS`.
+        field: What of the record is grouped by and can be filtered by, one of `EQUALITY_FILTERS`.
         key: What a row names the value; None: as the field.
     """
 
@@ -28,9 +32,24 @@ class Summation(msgspec.Struct, frozen=True):
     key: str | None = None
 
 
-sumVisitor = Summation("sumVisitor", "visitor")  # noqa: N816 - flask-track-usage's name
+# The singular is in flask-track-usage's code, the plural in its documentation.
+sumUrl = sumUrls = Summation("sumUrl", "url")
+sumRemote = sumRemotes = Summation("sumRemote", "remote_addr")
+sumUserAgent = sumUserAgents = Summation("sumUserAgent", "user_agent", "user_agent_string")
+sumLanguage = sumLanguages = sumLanugages = Summation("sumLanguage", "language")
+sumServer = sumServers = Summation("sumServer", "app", "server_name")
+sumVisitor = sumVisitors = Summation("sumVisitor", "visitor")
+sumGeo = sumGeos = Summation("sumGeo", "country")
 
-SUMMATIONS = (sumVisitor,)
+SUMMATIONS = (sumUrl, sumRemote, sumUserAgent, sumLanguage, sumServer, sumVisitor, sumGeo)
+KNOWN = ", ".join(summation.name for summation in SUMMATIONS)
+"""Their names, for messages."""
+
+_BY_NAME = {
+    **{summation.name: summation for summation in SUMMATIONS},
+    **{f"{summation.name}s": summation for summation in SUMMATIONS},
+    "sumLanugages": sumLanguage,
+}
 
 
 def find_summation(hook: object) -> Summation:
@@ -42,11 +61,10 @@ def find_summation(hook: object) -> Summation:
     Raises:
         NotImplementedError: It is none of these.
     """
-    for summation in SUMMATIONS:
-        if hook in (summation, summation.name, f"{summation.name}s"):
-            return summation
-    known = ", ".join(summation.name for summation in SUMMATIONS)
-    raise NotImplementedError(f"there is no sum {hook!r}: expected {known}")
+    found = _BY_NAME.get(hook) if isinstance(hook, str) else hook
+    if isinstance(found, Summation) and found in SUMMATIONS:
+        return found
+    raise NotImplementedError(f"there is no sum {hook!r}: expected {KNOWN}")
 
 
 def sum_up(

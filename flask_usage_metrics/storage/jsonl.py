@@ -46,9 +46,10 @@ class JSONLinesStorage(Storage):
     Args:
         path: The file. It and its folder are made by the first write. A relative path is taken
             from the directory the process is in now.
+        hooks: As for every storage.
 
     Raises:
-        ConfigError: The system has no ``flock`` (Windows).
+        ConfigError: A hook is none, or the system has no ``flock`` (Windows).
     """
 
     name = "jsonl"
