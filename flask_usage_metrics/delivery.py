@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Sequence
+from datetime import datetime, timedelta, timezone
 from math import inf
 from time import monotonic
 
@@ -25,6 +26,10 @@ ATTEMPTS = 5
 ADOPT_SECONDS = 5.0
 """How often it is looked for what dead processes left on disk, while the thread lives."""
 
+TEND_SECONDS = 5.0
+"""How long the thread has lived when the storage is tended for the first time: a process that is
+over soon leaves it to others."""
+
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 30.0
 _CLOSE_SECONDS = 1.0
@@ -43,6 +48,7 @@ class Sink:
         idle_seconds: How long the thread waits for records before it ends.
         faults: Where failures are reported.
         spool: Where records wait while the storage is down; None: in memory only.
+        keep: How long the storage keeps records; None: for ever.
 
     Attributes:
         up: Whether the last write went well.
@@ -57,8 +63,10 @@ class Sink:
         idle_seconds: float,
         faults: Faults,
         spool: Spool | None = None,
+        keep: timedelta | None = None,
     ) -> None:
         self.storage = storage
+        self._keep = keep
         self._idle_seconds = idle_seconds
         self._account = account
         self._faults = faults
@@ -72,6 +80,7 @@ class Sink:
         self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._adopt_at = 0.0
+        self._tend_at = inf
         # Not the module's own generator: an app that seeded it must not see it move.
         self._random = random.Random()
 
@@ -214,6 +223,7 @@ class Sink:
     def _run(self) -> None:
         pause = 0.0
         attempt = 0
+        self._tend_at = monotonic() + TEND_SECONDS
         while self._wait():
             if self._write_batch(last_attempt=attempt >= ATTEMPTS - 1):
                 pause, attempt = 0.0, 0
@@ -228,8 +238,9 @@ class Sink:
         until = monotonic() + self._idle_seconds
         while True:
             self.adopt()
+            self._tend()
             with self._changed:
-                seconds = min(max(until - monotonic(), 0), ADOPT_SECONDS)
+                seconds = min(max(min(until, self._tend_at) - monotonic(), 0), ADOPT_SECONDS)
                 if self._changed.wait_for(self._backlog.waits, seconds):
                     return True
                 if monotonic() >= until:
@@ -244,6 +255,20 @@ class Sink:
             if monotonic() >= self._adopt_at:
                 self._adopt_at = monotonic() + ADOPT_SECONDS
                 self._backlog.adopt()
+
+    def _tend(self) -> None:
+        """Have the storage do a small piece of its upkeep, if it is time for some."""
+        if monotonic() < self._tend_at:
+            return
+        seconds = _LONGEST_PAUSE_SECONDS
+        with self._writing:
+            try:
+                seconds = self.storage.tend(self._keep, datetime.now(timezone.utc))
+            except StorageUnavailable:
+                pass  # as whoever writes will notice, and say
+            except Exception as error:  # noqa: BLE001 - it is the storage's, and may be anybody's
+                self._report(error, "its upkeep waits")
+        self._tend_at = monotonic() + seconds
 
     def _write_here(self, deadline: float) -> None:
         for attempt in range(ATTEMPTS):
@@ -282,11 +307,15 @@ class Sink:
         try:
             self.storage.write(batch)
         except RecordsRejected as error:
-            rejected = len(set(error.positions) & set(range(len(batch))))
+            refused = set(error.positions)
+            kept = [record for position, record in enumerate(batch) if position not in refused]
             self._report(error, "records were not written", kind=error.reason)
-            self._decide(written=len(batch) - rejected, failed=rejected)
-            self.up = rejected < len(batch)
+            self.storage.call_hooks(kept, self._hook_failed)
+            self._decide(written=len(kept), failed=len(batch) - len(kept))
+            self.up = bool(kept)
         else:
+            # Before it is decided: a kill meanwhile has the batch written, and these called, again.
+            self.storage.call_hooks(batch, self._hook_failed)
             self._decide(written=len(batch), failed=0)
             self.up = True
 
@@ -323,6 +352,9 @@ class Sink:
     def _failed(self, error: BaseException, consequence: str) -> None:
         self.up = False
         self._report(error, consequence)
+
+    def _hook_failed(self, name: str, error: BaseException) -> None:
+        self._faults.report(f"hook {name}", error, "the record is kept all the same")
 
     def _report(self, error: BaseException, consequence: str, kind: str | None = None) -> None:
         self._faults.report(f"sink {self.name}", kind or error, consequence)

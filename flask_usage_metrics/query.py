@@ -31,11 +31,15 @@ EQUALITY_FILTERS = (
     "trace_id",
     "remote_addr",
     "consumer",
+    "url",
+    "user_agent",
+    "language",
+    "app",
 )
-"""Fields of the record that a filter of the same name compares for equality."""
+"""What of the record a filter of the same name compares for equality: its fields, and `url`."""
 
-GROUP_FIELDS = (*EQUALITY_FILTERS, "app", "browser", "platform", "language", "exception", "rule")
-"""Fields of the record that `summarize` can group by."""
+GROUP_FIELDS = (*EQUALITY_FILTERS, "browser", "platform", "exception", "rule")
+"""What of the record `summarize` can group by."""
 
 
 class Filter(msgspec.Struct, frozen=True):
@@ -113,6 +117,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         p95: 95th percentile, likewise.
         p99: 99th percentile, likewise.
         visitors: Number of different identifiers of visitors; None when not asked for.
+        rolled_up: Whether any of it was read from sums by hour and day, which stay when records
+            are pruned: then there may be fewer records.
     """
 
     group: dict[str, Any]
@@ -125,6 +131,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     p95: float
     p99: float
     visitors: int | None = None
+    rolled_up: bool = False
 
 
 def as_tuple(given: Any) -> tuple[Any, ...]:
@@ -264,6 +271,8 @@ def make_summary(
     counts: Sequence[int],
     bounds: Sequence[float],
     visitors: int | None = None,
+    *,
+    rolled_up: bool = False,
 ) -> Summary:
     """Build a `Summary` from sums and bucket counts.
 
@@ -274,6 +283,7 @@ def make_summary(
         counts: See `quantile`.
         bounds: See `quantile`.
         visitors: Number of different visitors; None when it was not asked for.
+        rolled_up: See `Summary`.
     """
     requests, errors, bytes_sent, duration_seconds_sum = sums
     return Summary(
@@ -287,6 +297,7 @@ def make_summary(
         p95=quantile(0.95, counts, bounds),
         p99=quantile(0.99, counts, bounds),
         visitors=visitors,
+        rolled_up=rolled_up,
     )
 
 

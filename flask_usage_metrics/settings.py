@@ -14,6 +14,7 @@ import msgspec
 from flask_usage_metrics.address import TrustedProxies
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.metrics import LABELS, REQUEST_LABELS, Shape
+from flask_usage_metrics.objectives import Objective, parse_objectives
 from flask_usage_metrics.privacy import PRESETS, Preset
 from flask_usage_metrics.query import BUCKETS
 from flask_usage_metrics.redaction import Redactor
@@ -22,6 +23,10 @@ PREFIX = "TRACK_USAGE_"
 
 _LEAST_SPOOL_BYTES = 1024 * 1024
 """With less, what is dropped at a time would be most of what waits."""
+
+
+_MOST_DAYS = 36_525
+"""A century: enough for everybody, and never before the year 1."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,12 +49,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         respect_gpc: Whether visitors may ask not to be known.
         traces: Whether requests have spans, or the SpanExporter these go to.
         traces_enduser: Whether spans name the user.
-        shape: Labels, buckets and bound of the Prometheus families.
+        shape: Labels, buckets, bound and objectives of the Prometheus families.
         buffer_records: How many records may wait in front of each storage.
         flush_seconds: Seconds a record waits for others to be written with.
         inline: Whether a request waits until its record is written.
         state_dir: Where the app's processes keep what they share; None: see `state`.
         spool_bytes: What may wait on disk for each storage that is down.
+        retention_days: How many days records are kept; None: for ever.
     """
 
     include_only: bool
@@ -74,6 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     inline: bool
     state_dir: str | None
     spool_bytes: int
+    retention_days: float | None
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -110,6 +117,7 @@ def read(config: Mapping[str, Any]) -> Settings:
         histogram_labels=values.pop("histogram_labels"),
         buckets=values.pop("buckets"),
         label_names=values.pop("label_names"),
+        objectives=values.pop("slo"),
     )
     return Settings(
         include_only=values.pop("include_or_exclude_views") == "include",
@@ -243,6 +251,15 @@ def _positive_number(given: Any) -> float:
     return value
 
 
+def _days(given: Any) -> float | None:
+    if _is_none(given):
+        return None
+    days = _positive_number(given)
+    if days > _MOST_DAYS:
+        raise ValueError
+    return days
+
+
 def _buckets(given: Any) -> tuple[float, ...]:
     bounds = tuple(_positive_number(bound) for bound in _items(given))
     if not bounds or list(bounds) != sorted(set(bounds)):
@@ -267,6 +284,12 @@ def _label_names(given: Any) -> dict[str, str]:
     if len(set(names)) < len(names) or not set(renamed) <= set(LABELS):
         raise ValueError
     return {label: name for label, name in renamed.items() if label != name}
+
+
+def _objectives(given: Any) -> tuple[Objective, ...]:
+    if _is_none(given):
+        return ()
+    return parse_objectives(json.loads(given) if isinstance(given, str) else given)
 
 
 def _trusted_proxies(given: Any) -> TrustedProxies:
@@ -310,11 +333,19 @@ KEYS: dict[str, Key] = {
     "TRACK_USAGE_LABEL_NAMES": Key(
         {}, f"a dict of new names for some of {', '.join(LABELS)}", _label_names
     ),
+    "TRACK_USAGE_SLO": Key(
+        None,
+        "a dict of ratios between 0 and 1, or of pairs of such a ratio and seconds, or None",
+        _objectives,
+    ),
     "TRACK_USAGE_BUFFER_RECORDS": Key(10_000, "a positive int", _positive_int),
     "TRACK_USAGE_FLUSH_SECONDS": Key(0.5, "a positive number of seconds", _positive_number),
     "TRACK_USAGE_STATE_DIR": Key(None, "a path or None", _folder),
     "TRACK_USAGE_SPOOL_BYTES": Key(
         256 * 1024 * 1024, f"an int of at least {_LEAST_SPOOL_BYTES}", _spool_bytes
+    ),
+    "TRACK_USAGE_RETENTION_DAYS": Key(
+        None, f"a positive number of days up to {_MOST_DAYS} or None", _days
     ),
     "TRACK_USAGE_DELIVERY": Key(
         "background", "'background' or 'inline'", _choice("background", "inline")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,6 +68,8 @@ def make_sinks(
     faults: Faults,
 ) -> list[Sink]:
     """Return a sink for each storage, with a name that no other has."""
+    days = settings.retention_days
+    keep = None if days is None else timedelta(days=days)
     names = {METRICS_SINK}
     sinks = []
     for writer in writers:
@@ -83,6 +86,7 @@ def make_sinks(
                 # Longer than the worker, so that there is a thread for what it brings.
                 idle_seconds=2 * idle_seconds + settings.flush_seconds,
                 faults=faults,
+                keep=keep,
             )
         )
     return sinks

@@ -45,6 +45,11 @@ def track(**config: Any) -> None:
         ("STATE_DIR", 5, "must be a path or None, not 5"),
         ("FLUSH_SECONDS", "soon", "must be a positive number of seconds, not 'soon'"),
         ("FLUSH_SECONDS", float("nan"), "must be a positive number of seconds, not nan"),
+        ("RETENTION_DAYS", 0, "must be a positive number of days up to 36525 or None, not 0"),
+        ("RETENTION_DAYS", "soon", "not 'soon'"),
+        ("RETENTION_DAYS", True, "not True"),
+        ("RETENTION_DAYS", 1e300, "not 1e+300"),
+        ("SLO", {"availability": 99.9}, "must be a dict of ratios between 0 and 1"),
         ("DELIVERY", "later", "must be 'background' or 'inline', not 'later'"),
         ("USE_FREEGEOIP", "maybe", "must be True or False, not 'maybe'"),
         ("FREEGEOIP_ENDPOINT", "ftp://x", "must be a URL"),
@@ -106,6 +111,7 @@ def test_texts_of_the_environment_are_parsed(monkeypatch: pytest.MonkeyPatch) ->
         "PRIVACY": "BALANCED",
         "REDACT": "iban,card",
         "RESPECT_GPC": "yes",
+        "RETENTION_DAYS": "90",
     }
     for key, text in texts.items():
         monkeypatch.setenv(f"FLASK_TRACK_USAGE_{key}", text)
@@ -126,6 +132,7 @@ def test_texts_of_the_environment_are_parsed(monkeypatch: pytest.MonkeyPatch) ->
     assert settings.country is None
     assert settings.cookie is settings.daily_visitors is settings.respect_gpc is True
     assert settings.privacy == "balanced"
+    assert settings.retention_days == 90
     assert settings.redact == ("iban", "card")
 
 

@@ -311,9 +311,15 @@ def test_visitors_are_the_same_in_all_workers_and_after_a_restart(tmp_path: Path
         "FLASK_TRACK_USAGE_TRUSTED_PROXIES": "127.0.0.1",
     }
 
+    asked = 0
+
     def visit(server: Gunicorn) -> int:
+        nonlocal asked
         answered = set()
-        for number in range(4 * visitors):
+        for number in range(1_000):
+            # One worker may be quick enough to answer many in a row.
+            if number >= 4 * visitors and len(answered) > 1:
+                break
             address = f"203.0.113.{number % visitors}"
             headers = {
                 "X-Forwarded-For": address,
@@ -321,6 +327,7 @@ def test_visitors_are_the_same_in_all_workers_and_after_a_restart(tmp_path: Path
                 "Host": "shop.example",  # else each server's own port is in it
             }
             answered.add(requests.get(server.address + "/pid", headers=headers, timeout=20).text)
+            asked += 1
         return len(answered)
 
     def counted() -> dict[object, float]:
@@ -335,7 +342,7 @@ def test_visitors_are_the_same_in_all_workers_and_after_a_restart(tmp_path: Path
     with Gunicorn(tmp_path, "-w", "2", **daily) as server:
         visit(server)
         until(counted, {(("window", "1d"),): visitors})
-        until(server.stored, 3 * 4 * visitors)
+        until(server.stored, asked)
     storage = open_storage(f"sqlite:///{tmp_path}/usage.sqlite3")
     assert isinstance(storage, Storage)
     assert [summary.visitors for summary in storage.summarize((), visitors=True)] == [visitors]

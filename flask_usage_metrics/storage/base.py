@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
+from inspect import signature
 from itertools import islice
+from math import inf
 from typing import Any, cast
 
 import msgspec
 
 from flask_usage_metrics.address import normalise
-from flask_usage_metrics.errors import RecordsRejected
+from flask_usage_metrics.errors import ConfigError, RecordsRejected
 from flask_usage_metrics.query import (
     BUCKETS,
     Every,
@@ -23,6 +25,7 @@ from flask_usage_metrics.query import (
     summarize_records,
 )
 from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.storage.hooks import as_hooks
 from flask_usage_metrics.storage.shapes import as_dict, as_usage_item
 from flask_usage_metrics.summarization import Summation, find_summation, sum_up
 
@@ -40,14 +43,39 @@ class Writer:
     A subclass overrides either `write`, which takes a batch and is asked again after a failure,
     or, as with flask-track-usage, `set_up` and `store`, which takes one dict and is asked once.
 
+    Args:
+        *args: Those of `set_up`.
+        hooks: Functions to call for each record, as `call_hooks` does. A storage that can be read
+            also takes what flask-track-usage calls hooks, such as ``sumUrl`` of
+            `flask_usage_metrics.summarization` or ``"sumUrl"``, though `Storage.get_sum` does
+            without. One of these or a list.
+        **kwargs: Those of `set_up`, which is given `hooks` too if it names them.
+
     Attributes:
         name: Short name, the value of the label ``sink``; it never holds an address or a secret.
             Unless a subclass or an instance sets one: the name of its class in lower case.
+
+    Raises:
+        ConfigError: A hook is none of these.
     """
 
     name: str = cast(str, _ClassName())
+    # For subclasses that do not call our constructor.
+    _functions: Sequence[Callable[..., Any]] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        parameters = signature(self.set_up)
+        if "hooks" in parameters.parameters:
+            # By position too, as in SQLStorage(engine, metadata, table_name, db, hooks).
+            hooks = as_hooks(parameters.bind(*args, **kwargs).arguments.get("hooks"))
+        else:
+            hooks = as_hooks(kwargs.pop("hooks", None))
+        for hook in hooks:
+            if isinstance(hook, Summation) and not isinstance(self, Storage):
+                raise ConfigError(
+                    f"hooks: {type(self).__name__} cannot be read, so there is no {hook.name} of it"
+                )
+        self._functions = [hook for hook in hooks if not isinstance(hook, Summation)]
         self.set_up(*args, **kwargs)
 
     def set_up(self, *args: Any, **kwargs: Any) -> None:
@@ -83,6 +111,33 @@ class Writer:
         if rejected:
             raise RecordsRejected(rejected, reason)
 
+    def call_hooks(
+        self, batch: Sequence[UsageRecord], report: Callable[[str, BaseException], None]
+    ) -> None:
+        """Call the functions among the hooks for each record of a batch that was kept.
+
+        As in flask-track-usage, ``hook(**data)`` with the dict of `as_dict`, made afresh, and
+        ``_parent_class_name`` and ``_parent_self``, this storage; but in the thread that writes,
+        without Flask's context. The next batch waits meanwhile. What a hook raises changes nothing
+        for the record, the other hooks and the other records.
+
+        Each record that was kept is given to each hook: once, but once more if it is written once
+        more, such as after the process was killed before the batch was done with. Its id tells.
+
+        Args:
+            batch: In the order they were written in.
+            report: Called with a hook's name and what it raised.
+        """
+        if not self._functions:
+            return
+        parent = {"_parent_class_name": type(self).__name__, "_parent_self": self}
+        for record in batch:
+            for function in self._functions:
+                try:
+                    function(**as_dict(record), **parent)
+                except BaseException as error:  # noqa: BLE001 - it must not end the writing thread
+                    report(_callable_name(function), error)
+
     @property
     def identity(self) -> str:
         """What tells this storage from others of its kind, the same in every process."""
@@ -93,6 +148,21 @@ class Writer:
 
     def flush(self) -> None:
         """Hand over what the storage itself holds back, if anything."""
+
+    def tend(self, keep: timedelta | None, now: datetime) -> float:
+        """Do a small piece of upkeep, in the thread that writes; return when there is more to do.
+
+        Args:
+            keep: How long records are kept; None: for ever.
+            now: Aware UTC.
+
+        Returns:
+            Seconds until it is to be called again; less than one if there is more to do.
+
+        Raises:
+            StorageUnavailable: The storage cannot be reached now.
+        """
+        return inf
 
     def close(self) -> None:
         """Give back connections and files; the next use opens them again."""
@@ -111,7 +181,7 @@ class CallableWriter(Writer):
     def set_up(self, function: Callable[[dict[str, Any]], Any]) -> None:
         """Keep the callable."""
         self._function = function
-        self.name = _clean_name(str(getattr(function, "__name__", type(function).__name__)))
+        self.name = _callable_name(function)
 
     def store(self, data: dict[str, Any]) -> Any:
         """Call the callable."""
@@ -158,9 +228,9 @@ class Storage(Writer):
             limit: At most so many; None: all.
             **filters: Field = value, or = a list of which any may hold: endpoint, method, status,
                 country, client, path, username, blueprint, visitor, trace_id, remote_addr,
-                consumer; also ``status_class="5xx"`` and ``path_prefix="/api/"``. None means
-                unknown. An address may be spelled in any way; a user's name also finds what is
-                kept under its pseudonyms.
+                consumer, url, user_agent, language, app; also ``status_class="5xx"`` and
+                ``path_prefix="/api/"``. None means unknown. An address may be spelled in any way;
+                a user's name also finds what is kept under its pseudonyms.
 
         Raises:
             StorageUnavailable: The storage cannot be read now.
@@ -223,7 +293,8 @@ class Storage(Writer):
         """Add up the records by group, and by hour, day or month (UTC) if asked for.
 
         Args:
-            by: Fields to group by; empty: one group.
+            by: Fields to group by, those of the filters, browser, platform, exception and rule;
+                empty: one group.
             since: As in `records`.
             until: As in `records`.
             every: ``"hour"``, ``"day"``, ``"month"`` or None.
@@ -270,24 +341,27 @@ class Storage(Writer):
     ) -> dict[str, list[dict[str, Any]]]:
         """Return flask-track-usage's sums: hits and bytes by hour, day and month (UTC).
 
-        They are made of the records, so a pruned or erased one is in none. Of an hour, day or month
-        that is meant all records count. Memory grows with the number of rows there are, whatever
-        the limit.
+        They are made by `summarize` when this is called, whether or not the storage was given the
+        hook: so they are right however many processes write. An erased record is in none, and a
+        pruned one only where `summarize` has it still. Of an hour, day or month that is meant all
+        records count. Memory grows with the number of rows there are, whatever the limit.
 
         Args:
-            hook: One of `flask_usage_metrics.summarization`, or its name: ``sumVisitor``, also
-                documented as ``"sumVisitors"``.
+            hook: One of `flask_usage_metrics.summarization`, or its name: ``sumUrl`` (the whole
+                URL), ``sumRemote``, ``sumUserAgent`` (the header), ``sumLanguage``, ``sumServer``
+                (the app), ``sumVisitor``, ``sumGeo`` (the country). An s may follow.
             start_date: Without `end_date`: the hour, the day and the month that contain it. With
                 it: those that begin then or later. Naive means UTC; None: from the first.
             end_date: Those that begin then or earlier. Naive means UTC; None: to the last.
             limit: Rows a page, of each list.
             page: Page number, from 1; smaller ones mean 1.
-            target: Only this value; None: all that are known.
+            target: Only this value, an address spelled in any way; None: all that are known.
 
         Returns:
             For ``"hour"``, ``"day"`` and ``"month"`` a list, the newest first, then the busiest,
-            of dicts with the keys date (its start, naive UTC), hits, transfer (bytes) and the
-            field's name, such as visitor.
+            of dicts with the keys date (its start, naive UTC), hits, transfer (bytes of the
+            responses' bodies), and url, remote_addr, user_agent_string, language, server_name,
+            visitor or country. Records for which that is unknown are in none.
 
         Raises:
             NotImplementedError: There is no such hook.
@@ -338,8 +412,17 @@ class Storage(Writer):
         records = self.records(start_date, until, order="newest", limit=first + limit)
         return [as_usage_item(record) for record in islice(records, first, None)]
 
+    def tend(self, keep: timedelta | None, now: datetime) -> float:
+        """Prune what is older than it is to be kept, once an hour; see `Writer.tend`."""
+        if keep is None:
+            return inf
+        self.prune(now - keep)
+        return 3600.0
+
     def prune(self, before: datetime) -> int:
         """Delete the records with ``started_at < before`` and return how many these were.
+
+        What a SQL storage has added up of them by hour and day stays: see `summarize`.
 
         Raises:
             StorageUnavailable: The storage cannot be reached now.
@@ -397,6 +480,10 @@ class Storage(Writer):
             StorageUnavailable: The storage cannot be reached now; some may be deleted.
         """
         raise NotImplementedError(f"{type(self).__name__} does not offer erase()")
+
+
+def _callable_name(function: Callable[..., Any]) -> str:
+    return _clean_name(str(getattr(function, "__name__", type(function).__name__)))
 
 
 def _clean_name(name: str) -> str:
