@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,6 +22,13 @@ from flask.cli import AppGroup
 from flask_usage_metrics import settings
 from flask_usage_metrics.errors import ConfigError, StorageError
 from flask_usage_metrics.extension import EXTENSION, Tracking, own_version
+from flask_usage_metrics.monitoring import (
+    DEFAULT_TARGET,
+    TOKEN_FILE,
+    Differs,
+    make_files,
+    write_files,
+)
 from flask_usage_metrics.replay import NotTaken, Replay
 from flask_usage_metrics.storage import Storage
 
@@ -120,11 +128,11 @@ def _exactly(moment: datetime) -> str:
 # ------------------------------------------------------------------------ the app
 
 
-def _storage() -> Storage:
-    """Return the first storage of the current app that can be read.
+def _tracking() -> Tracking:
+    """Return our parts of the current app.
 
     Raises:
-        Refused: There is none.
+        Refused: There are none.
     """
     tracking: Tracking | None = current_app.extensions.get(EXTENSION)
     if tracking is None:
@@ -132,6 +140,16 @@ def _storage() -> Storage:
             f"the app {current_app.name!r} is not tracked: "
             "call TrackUsage(app), or usage.init_app(app) in its factory"
         )
+    return tracking
+
+
+def _storage() -> Storage:
+    """Return the first storage of the current app that can be read.
+
+    Raises:
+        Refused: There is none.
+    """
+    tracking = _tracking()
     try:
         return tracking.owner.storage
     except RuntimeError:
@@ -281,3 +299,114 @@ def _progress(length: int | None) -> Iterator[Callable[[int], None]]:
         return
     with click.progressbar(length=length, label="Spans", show_pos=True, file=sys.stderr) as bar:
         yield bar.update
+
+
+# ------------------------------------------------------------------------ flask usage grafana
+
+
+@usage.command(
+    "grafana",
+    short_help="Write dashboards, rules and configuration for Prometheus and Grafana.",
+    epilog="""\b
+    Examples:
+      flask --app shop usage grafana -o monitoring
+      flask --app shop usage grafana -o monitoring --target 10.0.0.5:8000 --target 10.0.0.6:8000
+    """,
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="The folder to write to; it is made if need be.",
+)
+@click.option("--job", metavar="NAME", help="Prometheus' name for the app (default: its own).")
+@click.option(
+    "--target",
+    "targets",
+    metavar="HOST:PORT",
+    multiple=True,
+    default=[DEFAULT_TARGET],
+    show_default=True,
+    help="A server of the app, as Prometheus reaches it; may be repeated.",
+)
+@click.option(
+    "--metrics-path",
+    metavar="PATH",
+    help="Where its metrics are (default: TRACK_USAGE_METRICS_PATH).",
+)
+@click.option("--force", is_flag=True, help="Write over files that were changed.")
+@click.option("-q", "--quiet", is_flag=True, help="Say only what went wrong.")
+def grafana(
+    output: Path,
+    job: str | None,
+    targets: Sequence[str],
+    metrics_path: str | None,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Write all that Prometheus and Grafana need to show this app.
+
+    Dashboards, recording and alert rules, Prometheus' configuration with the app's job, path and
+    token, files that provision Grafana, and a docker-compose.yml that starts both. Labels have
+    the names that TRACK_USAGE_LABEL_NAMES gives them. Done again, it writes what is new.
+    """
+    _tracking()
+    configured = settings.read(current_app.config)
+    files = make_files(
+        job=job or current_app.name,
+        metrics_path=metrics_path or configured.metrics_path or "/metrics",
+        targets=targets,
+        token=configured.metrics_token,
+        label_names=configured.shape.label_names,
+    )
+    try:
+        written = write_files(output, files, replace=force)
+    except Differs as error:
+        raise Refused(
+            f"these files of {output} were changed: {error}\nTo write over them: --force"
+        ) from None
+    except OSError as error:
+        raise click.ClickException(f"{error.filename}: {error.strerror}") from None
+    if quiet:
+        return
+    click.echo(f"{_amount(len(written), 'file')} written to {output}")
+    if TOKEN_FILE in written:
+        click.echo(f"{output / TOKEN_FILE} can be read by you only: let Prometheus' user read it")
+
+
+# ------------------------------------------------------------------------ flask usage migrate
+
+
+@usage.command("migrate", short_help="Make or upgrade the tables of the SQL storages.")
+@click.option("--plan", "only_plan", is_flag=True, help="Say what there is to do, and do nothing.")
+def migrate(only_plan: bool) -> None:
+    """Make the tables of the app's SQL storages, or upgrade them.
+
+    The first write does the same, unless the database's user may not. All of it is additive:
+    columns are added or widened, rows stay. It can be done while the app runs, also by an older
+    version; what is written meanwhile waits.
+    """
+    # Imported here: SQLAlchemy takes 0.2 s, which no other command of the app need wait for.
+    from flask_usage_metrics.storage.sql import SQLStorage
+
+    tracking = _tracking()
+    storages = [writer for writer in tracking.writers if isinstance(writer, SQLStorage)]
+    if not storages:
+        raise Refused("none of the app's storages is a SQL database")
+    failed = False
+    for storage in storages:
+        try:
+            steps = storage.plan() if only_plan else storage.migrate()
+        except StorageError as error:
+            click.echo(f"Error: {error}", err=True)
+            failed = True
+            continue
+        changes = [change for step in steps for change in step.changes]
+        state = ("to do" if only_plan else "done") if changes else "up to date"
+        click.echo(f"{storage.name}: {state}")
+        for change in changes:
+            click.echo(f"  {change}")
+    if failed:
+        raise click.exceptions.Exit(1)
