@@ -105,7 +105,11 @@ def parse() -> argparse.Namespace:
     add("--prometheus", help="draw from that one (see --hold) and start nothing")
     add("--end", type=float, help="with --prometheus: end of what is shown")
     add("dashboards", type=Path, nargs="*", default=[*(GRAFANA / "dashboards").glob("*.json")])
-    return parser.parse_args()
+    options = parser.parse_args()
+    for file in options.dashboards:
+        if not file.is_file():  # said before visitors came for minutes
+            parser.error(f"{file} is no file: expected such as grafana/dashboards/….json")
+    return options
 
 
 # ---- A shop, its visitors, and a Prometheus that watches.
