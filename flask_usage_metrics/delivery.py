@@ -81,6 +81,7 @@ class Sink:
         self._thread: threading.Thread | None = None
         self._adopt_at = 0.0
         self._tend_at = inf
+        self._is_closed = False
         # Not the module's own generator: an app that seeded it must not see it move.
         self._random = random.Random()
 
@@ -124,6 +125,7 @@ class Sink:
             failed: Requests that no record could be made of.
         """
         with self._changed:
+            self._is_closed = False
             self._account.add(dropped=dropped, failed=failed)
             self._backlog.put(records)
             if self._adopt_at == inf:
@@ -169,6 +171,7 @@ class Sink:
         Returns:
             How many records are not written, and lost if the process ends now.
         """
+        self._is_closed = True
         # In time for an end even if the disk hangs.
         if self._changed.acquire(timeout=_CLOSE_SECONDS):
             try:
@@ -240,7 +243,8 @@ class Sink:
             self.adopt()
             self._tend()
             with self._changed:
-                seconds = min(max(min(until, self._tend_at) - monotonic(), 0), ADOPT_SECONDS)
+                due = until if self._is_closed else min(until, self._tend_at)
+                seconds = min(max(due - monotonic(), 0), ADOPT_SECONDS)
                 if self._changed.wait_for(self._backlog.waits, seconds):
                     return True
                 if monotonic() >= until:
@@ -257,8 +261,11 @@ class Sink:
                 self._backlog.adopt()
 
     def _tend(self) -> None:
-        """Have the storage do a small piece of its upkeep, if it is time for some."""
-        if monotonic() < self._tend_at:
+        """Have the storage do a small piece of its upkeep, if it is time for some.
+
+        A storage that was closed is left alone until there are records again.
+        """
+        if self._is_closed or monotonic() < self._tend_at:
             return
         seconds = _LONGEST_PAUSE_SECONDS
         with self._writing:

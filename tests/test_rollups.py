@@ -448,3 +448,30 @@ def test_records_in_a_file_are_kept_so_long_too(
     storage.write([make_record(started_at=today - n * DAY) for n in range(5)])
     site.get("/nowhere")
     until(lambda: site.usage.flush() and storage.count(), 3)
+
+
+def test_a_storage_that_was_closed_is_left_alone_until_there_are_records_again(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "TEND_SECONDS", 0.0)
+
+    class Tended(Storage):
+        def write(self, batch: Sequence[UsageRecord]) -> None:
+            pass
+
+        def tend(self, keep: timedelta | None, now: datetime) -> float:
+            calls.append(keep)
+            return 0.01
+
+    calls: list[timedelta | None] = []
+    site = make_site(Tended(), RETENTION_DAYS=2)
+    site.get("/nowhere")
+    until(lambda: len(calls) > 3, True)
+    assert set(calls) == {2 * DAY}
+    site.close()
+    time.sleep(0.1)
+    before = len(calls)
+    time.sleep(0.2)
+    assert len(calls) == before
+    site.get("/nowhere")
+    until(lambda: len(calls) > before, True)
