@@ -342,6 +342,29 @@ def test_several_may_tend_and_write_late_at_once(database: str) -> None:
         assert storage.count(until=NOW - 3 * DAY) == 0
 
 
+def test_a_row_that_is_written_while_its_hour_is_pruned_is_counted(database: str) -> None:
+    hour = [make_record(started_at=MONDAY + timedelta(minutes=n)) for n in range(60)]
+    late = make_record(started_at=MONDAY + timedelta(minutes=30, seconds=30))
+    with storage_in(database) as storage, storage_in(database) as other:
+        storage.write(hour)
+        tend(storage)
+        engine = storage.database.reach().engine
+        # Where the database has the writer wait, that is until all is pruned.
+        writer = threading.Thread(target=other.write, args=([late],))
+
+        @sa.event.listens_for(engine, "before_cursor_execute")
+        def write_late(_: Any, __: Any, statement: str, *___: Any) -> None:
+            if statement.startswith("DELETE FROM flask_usage ") and writer.ident is None:
+                writer.start()
+                writer.join(0.5)
+
+        assert storage.prune(MONDAY + HOUR) in (60, 61)
+        writer.join()
+        assert_sums(storage, [*hour, late], [(None, None)])
+        tend(storage)
+        assert_sums(storage, [*hour, late], [(None, None)])
+
+
 def test_one_at_a_time_tends_and_the_others_do_not_wait(database: str) -> None:
     with storage_in(database) as storage, storage_in(database) as other:
         storage.write(visits(50))

@@ -134,58 +134,47 @@ class Rollups:
 
         Args:
             before: Rows that started before then are old; aware UTC.
-            limit: About how many to delete; more if so many started at the same moment.
+            limit: At most so many are deleted.
 
         Returns:
             How many were deleted; None if there are no old rows.
         """
-        first = self._first(None, before)
-        if first is None:
-            return None
-        hour = truncate(first, "hour")
-        end = next_start(hour, "hour")  # None: of the last hour there is
-        until = before if end is None else min(end, before)
-        cut = self._first(first, until, skip=limit)
-        if cut is not None:
-            until = max(cut, first + timedelta(microseconds=1))  # a moment is not divided
-        # From the first on; with those that are spelled as if they were later.
         moment = self._query.moment
-        doomed = sa.or_(
-            sa.and_(*self._query.conditions(Filter(until=until))),
-            moment == self._first_found(),
-        )
+        key = self._tables.records.c.id
+        found: Sequence[Any] = self._execute(
+            sa.select(key, moment)
+            .where(*self._query.conditions(Filter(until=before)))
+            .order_by(moment)
+            .limit(limit)
+            # Else a row might be erased before it is deleted here, and yet stay in the sums.
+            .with_for_update()
+        ).all()
+        if not found:
+            return None
+        hour = truncate(_parsed(found[0][1]), "hour")
+        # By their keys: a row that is written meanwhile must not be deleted without being added.
+        keys = [number for number, started in found if truncate(_parsed(started), "hour") == hour]
+        doomed = self._dialect.any_of(key, keys)
         self._add_up(hour, doomed, frozen=True)
         reached = self._tables.reached(self._connection)
         if reached is not None and hour < reached:
             # What goes over is taken away here, instead of adding up all that is left anew.
             self._add_up(hour, doomed, frozen=False, sign=-1)
-        deleted = self._dialect.delete(self._connection, self._tables.records, doomed)
-        if cut is None and self._first(hour, end) is None:
+        self._dialect.delete(self._connection, self._tables.records, doomed)
+        if self._first(hour, next_start(hour, "hour")) is None:
             self._forget(hour)
-        return deleted or None
+        return len(keys)
 
-    def _first(
-        self, since: datetime | None, until: datetime | None, *, skip: int = 0
-    ) -> datetime | None:
-        """Return when the first request of a range started, or the first after some others."""
-        found = self._first_found(since, until, skip)
-        if found is None:
-            return None
-        moment: datetime = datetime.fromisoformat(found) if isinstance(found, str) else found
-        return moment.replace(tzinfo=timezone.utc)
-
-    def _first_found(
-        self, since: datetime | None = None, until: datetime | None = None, skip: int = 0
-    ) -> Any:
-        """Return that as the database has it; see `Dialect.moment`."""
+    def _first(self, since: datetime | None, until: datetime | None) -> datetime | None:
+        """Return when the first request of a range started."""
         moment = self._query.moment
-        return self._execute(
+        found = self._execute(
             sa.select(moment)
             .where(*self._query.conditions(Filter(since=since, until=until)))
             .order_by(moment)
-            .offset(skip or None)
             .limit(1)
         ).scalar()
+        return None if found is None else _parsed(found)
 
     def _reach(self, moment: datetime) -> None:
         """Note that all hours before then are rolled up."""
@@ -292,3 +281,9 @@ class Rollups:
 def lock_name(tables: RollupTables) -> str:
     """Return the name of the lock that whoever changes sums holds."""
     return tables.upkeep.name
+
+
+def _parsed(moment: Any) -> datetime:
+    """Return what `Dialect.moment` selects as aware UTC."""
+    found: datetime = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+    return found.replace(tzinfo=timezone.utc)
