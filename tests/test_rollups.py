@@ -26,6 +26,7 @@ from records import UTC, make_record
 from flask_usage_metrics import UsageRecord, delivery
 from flask_usage_metrics.query import Summary, summarize_records
 from flask_usage_metrics.storage import Storage
+from flask_usage_metrics.storage.jsonl import JSONLinesStorage
 from flask_usage_metrics.storage.rollup_tables import DIMENSIONS
 from flask_usage_metrics.storage.rollups import mark_late
 from flask_usage_metrics.storage.sql import SQLStorage
@@ -471,6 +472,22 @@ def test_records_in_a_file_are_kept_so_long_too(
     storage.write([make_record(started_at=today - n * DAY) for n in range(5)])
     site.get("/nowhere")
     until(lambda: site.usage.flush() and storage.count(), 3)
+
+
+def test_nothing_is_pruned_where_nothing_is_old(tmp_path: Path) -> None:
+    class Watched(JSONLinesStorage):
+        def prune(self, before: datetime) -> int:
+            pruned.append(before)
+            return super().prune(before)
+
+    pruned: list[datetime] = []
+    storage = Watched(tmp_path / "usage.jsonl")
+    storage.write(visits(5))
+    assert storage.tend(6 * DAY, NOW) == storage.tend(DAY, MONDAY) == 3600
+    assert pruned == []
+    assert storage.tend(DAY, NOW) == 3600
+    assert pruned == [NOW - DAY]
+    storage.close()
 
 
 def test_a_storage_that_was_closed_is_left_alone_until_there_are_records_again(

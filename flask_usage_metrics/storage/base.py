@@ -416,7 +416,10 @@ class Storage(Writer):
         """Prune what is older than it is to be kept, once an hour; see `Writer.tend`."""
         if keep is None:
             return inf
-        self.prune(now - keep)
+        before = now - keep
+        # Looked at first: a file may be written anew, and its writers wait, even for nothing.
+        if self.count(until=before):
+            self.prune(before)
         return 3600.0
 
     def prune(self, before: datetime) -> int:

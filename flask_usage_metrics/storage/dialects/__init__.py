@@ -222,22 +222,17 @@ class Dialect(ABC):
             DBAPIError: See `fault_of`.
         """
 
-    @abstractmethod
     def delete(
-        self,
-        connection: sa.Connection,
-        table: sa.Table,
-        condition: sa.ColumnElement[bool],
-        limit: int | None = None,
+        self, connection: sa.Connection, table: sa.Table, condition: sa.ColumnElement[bool]
     ) -> int:
-        """Delete rows, at most so many, and return how many these were.
+        """Delete rows and return how many these were.
 
         Args:
-            connection: In a transaction, in which nothing may have been read yet.
-            table: With a column ``id``.
+            connection: In a transaction.
+            table: Where from.
             condition: Which rows.
-            limit: At most so many, any of them.
         """
+        return connection.execute(sa.delete(table).where(condition)).rowcount
 
     def is_overflowing(self) -> bool:
         """Tell, after a write, whether `relieve` is due."""

@@ -62,8 +62,11 @@ _NOT_SUPPORTED = 1235
 class MariaDB(Dialect):
     """Texts are LONGTEXT, compared by their characters alone, trailing spaces included.
 
-    A batch is one statement with one JSON text: 6 µs of CPU a row in batches of 1000, where
-    SQLAlchemy's insert() costs 46. MySQL has JSON_TABLE since 8.0.4, MariaDB since 10.6.
+    A batch is one statement with one JSON text: 11 µs of CPU a row in batches of 1000, all told,
+    where SQLAlchemy's insert() alone costs 46. MySQL has JSON_TABLE since 8.0.4, MariaDB since
+    10.6.
+
+    What is deleted leaves its bytes until InnoDB purged it, and until the space is used again.
     """
 
     name = "mysql"
@@ -178,7 +181,7 @@ class MariaDB(Dialect):
         is_mariadb = getattr(self.engine.dialect, "is_mariadb", True)
         return "utf8mb4_nopad_bin" if is_mariadb else "utf8mb4_0900_bin"
 
-    # -- writing and deleting -------------------------------------------------------------------
+    # -- writing --------------------------------------------------------------------------------
 
     def insert(
         self, connection: sa.Connection, table: sa.Table, rows: Sequence[tuple[Any, ...]]
@@ -215,23 +218,6 @@ class MariaDB(Dialect):
             f"SELECT r.* FROM JSON_TABLE(_utf8mb4 X'{batch.hex()}', '$[*]' COLUMNS ({paths})) AS r "
             f"ON DUPLICATE KEY UPDATE id = {quoted}.id"
         )
-
-    def delete(
-        self,
-        connection: sa.Connection,
-        table: sa.Table,
-        condition: sa.ColumnElement[bool],
-        limit: int | None = None,
-    ) -> int:
-        """Delete rows; their space is used again once InnoDB purged them."""
-        if limit is not None:
-            # It takes no LIMIT in a subquery.
-            found = sa.select(table.c.id).where(condition).limit(limit)
-            keys = connection.execute(found).scalars().all()
-            if not keys:
-                return 0
-            condition = table.c.id.in_(keys)
-        return connection.execute(sa.delete(table).where(condition)).rowcount
 
     # -- expressions ----------------------------------------------------------------------------
 

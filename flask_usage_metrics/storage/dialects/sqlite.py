@@ -236,16 +236,12 @@ class SQLite(Dialect):
         connection: sa.Connection,
         table: sa.Table,
         condition: sa.ColumnElement[bool],
-        limit: int | None = None,
     ) -> int:
         """Delete rows, and their bytes from the file."""
-        key = table.c.id
-        if limit is not None:
-            condition = key.in_(sa.select(key).where(condition).limit(limit))
         before = connection.exec_driver_sql("PRAGMA secure_delete").scalar_one()
         connection.exec_driver_sql("PRAGMA secure_delete=ON").close()
         try:
-            return connection.execute(sa.delete(table).where(condition)).rowcount
+            return super().delete(connection, table, condition)
         finally:
             # The engine may be the caller's. As a number, 2 would be taken for ON.
             setting = ("OFF", "ON", "FAST")[before]
