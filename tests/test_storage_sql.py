@@ -376,7 +376,8 @@ def test_a_connection_that_was_lost_is_replaced_at_once(server: Server) -> None:
         assert storage.count() == 2
 
 
-def test_a_forked_child_uses_connections_of_its_own(storage: SQLStorage) -> None:
+def test_a_forked_child_uses_connections_of_its_own(database: str) -> None:
+    storage = SQLStorage.from_url(database)
     storage.write(make_records(3))
     inherited = storage.database.reach().engine.pool
     child = os.fork()
@@ -397,6 +398,7 @@ def test_a_forked_child_uses_connections_of_its_own(storage: SQLStorage) -> None
     # With the connection it had before.
     storage.write([make_record()])
     assert storage.count() == 6
+    storage.close()
 
 
 def test_a_server_that_dies_under_load_loses_and_doubles_nothing(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -855,72 +852,3 @@ def test_visitors_are_counted_only_when_asked_for(storage: SQLStorage) -> None:
     storage.summarize(())
     storage.summarize((), visitors=True)
     assert ["DISTINCT" in each for each in statements if "count(" in each] == [False, True]
-
-
-# -- processes ----------------------------------------------------------------------------------
-
-WRITER = """
-import sys
-from records import make_record
-from flask_usage_metrics.storage import open_storage
-storage = open_storage(f"sqlite:///{sys.argv[1]}")
-print("ready", flush=True)
-sys.stdin.read()
-for number in range(5):
-    storage.write([make_record(id=f"{sys.argv[2]}-{number}-{row}") for row in range(20)])
-storage.close()
-"""
-
-
-@pytest.mark.parametrize("old_table", [False, True])
-def test_eight_processes_may_begin_on_a_new_file_at_once(file: Path, old_table: bool) -> None:
-    if old_table:
-        file.parent.mkdir()
-        with plain(file) as connection:
-            connection.execute(OLD_TABLE)
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", WRITER, str(file), str(number)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-        )
-        for number in range(8)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.stdin = None
-    errors = [process.communicate()[1].decode() for process in processes]
-    assert errors == [""] * 8
-    with closing(file) as storage:
-        assert storage.count() == 8 * 5 * 20
-
-
-def test_a_forked_child_uses_connections_of_its_own(file: Path, storage: SQLStorage) -> None:
-    storage.write(make_records(3))
-    assert storage.count() == 3
-    inherited = storage.database.reach().engine.pool
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            storage.reset_after_fork()
-            storage.write([make_record(id="one"), make_record(id="two")])
-            code = (
-                0
-                if storage.count() == 5 and storage.database.reach().engine.pool is not inherited
-                else 2
-            )
-            storage.close()
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    storage.write([make_record(started_at=START + timedelta(days=1))])
-    assert storage.count() == 6
