@@ -244,6 +244,9 @@ class MariaDB(Server):
                     "--bind-address=127.0.0.1",
                     f"--port={self.port}",
                     f"--socket={self.folder / 'socket'}",
+                    # A server that starts deletes what it takes for its own of an earlier run:
+                    # in a folder they share, the temporary tables of others.
+                    f"--tmpdir={self.folder}",
                     f"--pid-file={self.folder / 'pid'}",
                     "--skip-name-resolve",
                     "--character-set-server=utf8mb4",
