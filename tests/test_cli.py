@@ -39,7 +39,8 @@ from otlp_receiver import Received, Receiver
 from records import START, make_record, make_records
 
 from flask_usage_metrics import TrackUsage, UsageRecord, open_storage
-from flask_usage_metrics.cli import parse_when, usage
+from flask_usage_metrics.cli import usage
+from flask_usage_metrics.cli.times import parse_when
 from flask_usage_metrics.errors import StorageUnavailable
 from flask_usage_metrics.query import Filter
 from flask_usage_metrics.spans import attributes_of, name_of
