@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from itertools import count, islice
 from time import monotonic
 
+from flask_usage_metrics.account import Account
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.record import UsageRecord
 from flask_usage_metrics.spool import Spool
-from flask_usage_metrics.totals import Account
 
 _SPOOL_PAUSE_SECONDS = 5.0
 """A disk that failed is not tried again before."""

@@ -9,13 +9,13 @@ from datetime import datetime, timedelta, timezone
 from math import inf
 from time import monotonic
 
+from flask_usage_metrics.account import Account
 from flask_usage_metrics.backlog import Backlog
 from flask_usage_metrics.errors import RecordsRejected, StorageUnavailable
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.record import UsageRecord
 from flask_usage_metrics.spool import Spool
 from flask_usage_metrics.storage import Writer
-from flask_usage_metrics.totals import Account
 
 BATCH_RECORDS = 512
 """Records of one write: what SQLite takes in one statement; more are hardly faster."""

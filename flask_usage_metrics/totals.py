@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Protocol
 from weakref import WeakSet
 
+from flask_usage_metrics.account import Account
 from flask_usage_metrics.exemplars import pack
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.journal import JournalFile
@@ -60,33 +61,6 @@ _PAUSE_SECONDS = 1.0
 """The siblings' file is left alone for so long when a visit failed."""
 
 _STATUSES = {status: str(status) for status in range(100, 600)}
-
-
-class Account:
-    """What became of the records handed to one sink; each record is in one count at most.
-
-    Attributes:
-        sink: Value of the label ``sink``.
-        written: Records that were written.
-        dropped: Records there was no room for.
-        failed: Records that can never be written.
-    """
-
-    __slots__ = ("dropped", "failed", "sink", "written")
-
-    def __init__(self, sink: str) -> None:
-        self.sink = sink
-        self.reset()
-
-    def reset(self) -> None:
-        """Start anew, in a forked child."""
-        self.written = self.dropped = self.failed = 0
-
-    def add(self, *, written: int = 0, dropped: int = 0, failed: int = 0) -> None:
-        """Count records; for one caller at a time."""
-        self.written += written
-        self.dropped += dropped
-        self.failed += failed
 
 
 class Source(Protocol):

@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from records import make_record, make_records
 
 from flask_usage_metrics import StorageUnavailable, UsageRecord, delivery, open_storage
+from flask_usage_metrics.account import Account
 from flask_usage_metrics.delivery import Sink
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.spool import Spool
 from flask_usage_metrics.storage import Writer
-from flask_usage_metrics.totals import Account
 
 TESTS = Path(__file__).parent
 LARGE = 64 * 1024 * 1024
@@ -43,7 +43,7 @@ from flask_usage_metrics.delivery import Sink
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.spool import Spool
 from flask_usage_metrics.storage import Writer
-from flask_usage_metrics.totals import Account
+from flask_usage_metrics.account import Account
 """
 
 

@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from flask_usage_metrics.errors import ConfigError
-from flask_usage_metrics.storage.base import CallableWriter, Storage, Writer
+from flask_usage_metrics.storage.base import Storage
+from flask_usage_metrics.storage.writer import CallableWriter, Writer
 
 __all__ = ["Storage", "Writer", "as_writer", "open_storage"]
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from flask_usage_metrics.storage.base import Writer
+from flask_usage_metrics.storage.writer import Writer
 
 
 class OutputWriter(Writer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask_usage_metrics.storage.base import Writer
+from flask_usage_metrics.storage.writer import Writer
 
 
 class PrintWriter(Writer):
