@@ -45,7 +45,7 @@ RANGES: list[tuple[datetime | None, datetime | None]] = [
     (MONDAY + 2 * DAY, MONDAY + 2 * DAY + 3 * HOUR),
     (NOW + 40 * DAY, None),
 ]
-UNEVEN = [(MONDAY + 17 * HOUR + timedelta(seconds=1234.5), MONDAY + 81.2 * HOUR)]
+UNEVEN = [(MONDAY + 17 * HOUR + timedelta(seconds=1234.5), MONDAY + 81.9 * HOUR)]
 """From and to within an hour: exact only where there are rows."""
 CONDITIONS = {"status_class": "5xx", "country": ["NL", None]}
 EVENTS = ["write", "write late", "tend", "keep", "prune", "erase"]
@@ -161,6 +161,7 @@ def test_they_stay_when_the_rows_are_pruned(storage: SQLStorage) -> None:
     assert_sums(storage, records)
     assert storage.prune(NOW + DAY) == 600 - pruned
     assert storage.count() == 0
+    assert rows(storage, "flask_usage_hourly", "NOT frozen") == 0
     assert_sums(storage, records)
     tend(storage)
     assert_sums(storage, records)
@@ -248,6 +249,16 @@ def test_any_order_of_events_leaves_them_right(database: str, seed: int, events:
                 storage.erase(username="ann")
                 counted = [record for record in counted if record.id not in gone]
             assert_sums(storage, counted, [(None, None)], groupings=[("endpoint",)])
+
+
+def test_what_was_pruned_leaves_the_write_ahead_log_too(tmp_path: Path) -> None:
+    with storage_in(f"sqlite:///{tmp_path}/usage.sqlite3") as storage:
+        storage.write(visits(300))
+        log = tmp_path / "usage.sqlite3-wal"
+        tend(storage)
+        assert log.stat().st_size > 0
+        tend(storage, keep=DAY)
+        assert log.stat().st_size == 0
 
 
 def test_rows_whose_time_somebody_spelled_otherwise_are_pruned_too(tmp_path: Path) -> None:
