@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, count
 from time import perf_counter_ns, time_ns
 from types import TracebackType
@@ -19,7 +19,12 @@ from flask import Flask, Request, got_request_exception, request, request_finish
 from werkzeug.wsgi import ClosingIterator, FileWrapper
 
 from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.observation import Observation, encode_json, environ_texts
+from flask_usage_metrics.observation import (
+    MAX_JSON_BYTES,
+    Observation,
+    encode_json,
+    environ_texts,
+)
 from flask_usage_metrics.scope import Scope
 from flask_usage_metrics.track_var import TRACK_VAR
 from flask_usage_metrics.users import Users
@@ -27,17 +32,12 @@ from flask_usage_metrics.visitor_cookie import VisitorCookie
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from werkzeug.routing import Rule
 
     from flask_usage_metrics.tracing import RequestTrace, Tracing
 
 Headers = list[tuple[str, str]]
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType]
-
-MAX_ENVIRON_CHARACTERS = 16_384
-"""What is kept of one environ; common servers refuse a request line longer than 8 190."""
-
-_MAX_CUT = 2048
-"""What is kept of each text of an environ that is larger."""
 
 
 class Capture:
@@ -77,6 +77,7 @@ class Capture:
         self._begin = begin
         self._has_begun = False
         self._notice: Callable[[], None] | None = None
+        self.asks = cookie is not None or tracing is not None
         self.submit = submit
         self.lose = lose
         self.users = users
@@ -133,6 +134,8 @@ class Capture:
         # Werkzeug's server with processes=3 forks for each request, and ends the child without
         # further ado.
         software = str(environ.get("SERVER_SOFTWARE", ""))
+        # So late, for the app may have been given Flask-Login after us.
+        self.asks = self.asks or self.users.are_known
         try:
             self._notice = self._begin(multiprocess, multiprocess and software[:9] == "Werkzeug/")
         except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
@@ -166,17 +169,27 @@ class Capture:
 class Exchange:
     """One request and its response under way; also the iterable of the response's body."""
 
-    # What most exchanges never set.
-    exception: str | None = None
-    _visitor: str | None = None
-    _given: str | None = None
-    _names: tuple[str | None, str | None] | None = None
-    _request: Request | None = None
-    _trace: RequestTrace | None = None
-    _status = ""
-    _expected = ""
-    _sent = 0
-    _taken: tuple[bytes, ...] | None = None
+    # Reading what is in no slot but the class costs six times as much.
+    __slots__ = (
+        "_body",
+        "_capture",
+        "_clock",
+        "_environ",
+        "_expected",
+        "_given",
+        "_names",
+        "_next",
+        "_request",
+        "_sent",
+        "_start_response",
+        "_started_ns",
+        "_status",
+        "_taken",
+        "_trace",
+        "_visitor",
+        "_write",
+        "exception",
+    )
 
     def __init__(
         self, capture: Capture, environ: WSGIEnvironment, start_response: StartResponse
@@ -186,6 +199,16 @@ class Exchange:
         self._capture = capture
         self._environ: WSGIEnvironment | None = environ
         self._start_response = start_response
+        self._request: Request | None = None
+        self._names: tuple[str | None, str | None] | None = None
+        self._visitor: str | None = None
+        self._given: str | None = None
+        self._trace: RequestTrace | None = None
+        self._status = ""
+        self._expected: int | None = None
+        self._sent = 0
+        self._taken: tuple[bytes, ...] | None = None
+        self.exception: str | None = None
 
     def begin_trace(self) -> RequestTrace | None:
         """Join or start the request's span."""
@@ -204,16 +227,19 @@ class Exchange:
     ) -> Callable[[bytes], object]:
         """Note the status and length, learn while the context lives, pass on to the server."""
         self._status = status
-        named = dict(headers)
-        self._expected = named.get("Content-Length") or named.get("content-length") or ""
+        self._expected = None
+        for name, value in headers:
+            if len(name) == 14 and name.lower() == "content-length":
+                self._expected = _NUMBERS[value]
+                break
         environ = self._environ
         if environ is not None:
             learned = environ.get("werkzeug.request")
             if isinstance(learned, Request):  # Werkzeug's test client leaves one of its own there
-                self.learn(learned)
-                cookie = self._capture.cookie
-                if cookie is not None:
-                    self._greet(cookie, environ, headers)
+                self._request = learned
+                if self._capture.asks:
+                    self.learn(learned)
+                    self._greet(environ, headers)
             if self._given is not None:
                 headers = [*headers, VisitorCookie.header(self._given, environ)]
         if exc_info is None:
@@ -238,9 +264,10 @@ class Exchange:
             rule = learned.url_rule
             trace.learn(self._environ, None if rule is None else rule.endpoint)
 
-    def _greet(self, cookie: VisitorCookie, environ: WSGIEnvironment, headers: Headers) -> None:
+    def _greet(self, environ: WSGIEnvironment, headers: Headers) -> None:
         """Recognise the visitor by the cookie, or choose one to be given with these headers."""
-        if self._visitor is not None or not self.is_tracked():
+        cookie = self._capture.cookie
+        if cookie is None or self._visitor is not None or not self.is_tracked():
             return
         try:
             self._visitor = cookie.read(environ)
@@ -252,7 +279,11 @@ class Exchange:
     # ---------------------------------------------------------------- what the server takes
 
     def attach(self, body: Iterable[bytes]) -> Iterable[bytes]:
-        """Return what the server shall iterate over: the body, or ourselves around it."""
+        """Return what the server shall iterate over: the body, or ourselves around it.
+
+        If the first chunk is the whole body, the exchange is over before it is sent: so no
+        iteration of ours is needed, and a client that reads no further loses nothing.
+        """
         environ = self._environ
         if environ is None:
             return body
@@ -263,28 +294,23 @@ class Exchange:
                 return body
             if _is_file(body, environ):
                 # The server recognises its own wrapper and uses sendfile, unless we wrap it.
-                self._sent = _as_int(self._expected)
+                self._sent = self._expected or 0
                 self.finish()
                 return body
-        self._body = body
-        trace = self._trace
-        if trace is None:
-            self._next = iter(body).__next__
+            chunks = iter(body)
         else:
-            self._next = partial(trace.run, iter(body).__next__)
-        if self._expected:
-            self._take_first()
-        return self
-
-    def _take_first(self) -> None:
-        """Take the first chunk; if it is the whole body, the exchange is over before it is sent.
-
-        So no iteration of ours is needed, and a client that reads no further loses nothing.
-        """
+            chunks = body
+        self._body = body
+        self._next = chunks.__next__
+        if self._trace is not None:
+            self._next = partial(self._trace.run, self._next)
+        if self._expected is None:
+            return self
         try:
             chunk = self._next()
         except StopIteration:
             self._taken = ()
+            self.finish()
         except BaseException as error:
             self.fail(error)
             self.close()
@@ -292,9 +318,9 @@ class Exchange:
         else:
             self._taken = (chunk,)
             self._sent += len(chunk)
-            if self._sent < _as_int(self._expected):
-                return
-        self.finish()
+            if self._sent >= self._expected:
+                self.finish()
+        return self
 
     def __iter__(self) -> Iterator[bytes]:
         taken, self._taken = self._taken, None
@@ -316,7 +342,7 @@ class Exchange:
                 self.fail(error)
             raise
         self._sent += len(chunk)
-        if self._expected and self._sent >= _as_int(self._expected):
+        if self._expected is not None and self._sent >= self._expected:
             self.finish()
         return chunk
 
@@ -363,69 +389,71 @@ class Exchange:
         try:
             learned = self._request
             if learned is None:
-                learned = self._request = capture.match(environ)
+                learned = capture.match(environ)
             rule = None if learned is None else learned.url_rule
-            if capture.scope.tracks(None if rule is None else rule.endpoint, environ):
-                capture.submit(self._observe(environ, duration_ns))
+            endpoint = None if rule is None else rule.endpoint
+            if capture.scope.tracks(endpoint, environ):
+                capture.submit(self._observe(environ, duration_ns, learned, rule))
         except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
             capture.faults.report("capture", error, "a request was not counted")
             capture.lose()
         finally:
             capture.live.discard(self)
-            environ.pop(capture.key, None)
             # A cycle through the environ would keep every request until the garbage collector.
             self._environ = self._request = None
 
-    def _observe(self, environ: WSGIEnvironment, duration_ns: int) -> Observation:
+    def _observe(
+        self,
+        environ: WSGIEnvironment,
+        duration_ns: int,
+        learned: Request | None,
+        rule: Rule | None,
+    ) -> Observation:
         capture = self._capture
-        learned = self._request
-        rule = None if learned is None else learned.url_rule
-        arguments = None if learned is None else learned.view_args
-        proxied = environ.get("werkzeug.proxy_fix.orig")
-        username, consumer = self._names or (None, None)
+        peer = endpoint = path = view_args = username = consumer = track_var = None
         authorization = False
-        if "HTTP_AUTHORIZATION" in environ and learned is not None:
-            authorization, claimed = capture.users.authorized(learned)
-            username = claimed if username is None else username
+        if rule is not None:
+            endpoint, path = rule.endpoint, rule.rule
+        if learned is not None:
+            if learned.view_args:
+                view_args = self._json("view_args", learned.view_args)
+            if "HTTP_AUTHORIZATION" in environ:
+                authorization, username = capture.users.authorized(learned)
+        if self._names is not None:
+            known, consumer = self._names
+            username = username if known is None else known
+        if "werkzeug.proxy_fix.orig" in environ:
+            peer = (environ["werkzeug.proxy_fix.orig"] or {}).get("REMOTE_ADDR")
+        if TRACK_VAR in environ:
+            track_var = self._json("track_var", environ[TRACK_VAR])
         number = next(capture.sequence)
         return Observation(
             self._started_ns,
             duration_ns,
             number,
-            _kept(
-                (*environ_texts(environ.get), *[environ.get(key, "") for key in capture.headers])
-            ),
-            None if proxied is None else proxied.get("REMOTE_ADDR"),
-            None if rule is None else rule.endpoint,
-            None if rule is None else rule.rule,
-            self._json("view_args", arguments) if arguments else None,
-            _as_int(self._status[:3]),
+            environ_texts(environ, capture.headers),
+            peer,
+            endpoint,
+            path,
+            view_args,
+            _NUMBERS[self._status[:3]] or 0,
             self.exception,
             self._sent,
             authorization,
             username,
-            self._json("track_var", environ[TRACK_VAR]) if TRACK_VAR in environ else None,
+            track_var,
             self._visitor,
             consumer,
             None if self._trace is None else self._trace.end(number),
         )
 
     def _json(self, what: str, value: dict[str, Any]) -> bytes | None:
-        try:
-            return encode_json(value)
-        except ValueError as error:
-            self._capture.faults.report(what, error, "it is left out of a record")
-            return None
-
-
-def _kept(values: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the texts of an environ, cut if they are large: they wait in memory."""
-    try:
-        if len("".join(values)) <= MAX_ENVIRON_CHARACTERS:
-            return values
-    except TypeError:  # somebody put a number there
-        values = tuple(map(str, values))
-    return tuple([value[:_MAX_CUT] for value in values])
+        encoded = encode_json(value)
+        if len(encoded) <= MAX_JSON_BYTES:
+            return encoded
+        error = f"larger than {MAX_JSON_BYTES} bytes as JSON"
+        self._capture.faults.report(what, error, "it is left out of a record")
+        return None
 
 
 def _is_file(body: Iterable[bytes], environ: WSGIEnvironment) -> bool:
@@ -437,7 +465,17 @@ def _is_file(body: Iterable[bytes], environ: WSGIEnvironment) -> bool:
     return wrapper is not None and hasattr(body, "read")
 
 
-@lru_cache(1024)
-def _as_int(text: str) -> int:
-    """Return a header's or a status' number; 0 if it is none."""
-    return int(text) if text.isdecimal() and text.isascii() else 0
+class _Numbers(dict[str, "int | None"]):
+    """By a text, the number it is; None if it is none. Half as dear as `int`, or `lru_cache`."""
+
+    def __missing__(self, text: str) -> int | None:
+        number = int(text) if text.isdecimal() and text.isascii() else None
+        if len(self) < _MOST_NUMBERS and len(text) < _MOST_DIGITS:
+            self[text] = number
+        return number
+
+
+_MOST_NUMBERS = 4096
+_MOST_DIGITS = 16
+
+_NUMBERS = _Numbers()

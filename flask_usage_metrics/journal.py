@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from weakref import finalize
 from zlib import crc32
@@ -23,12 +24,11 @@ FILE_BYTES = 4 * 1024 * 1024
 
 _MAGIC = b"FUMJRNL1"
 _HEADER_BYTES = 4096
-_HEADER = struct.Struct("<8sQQQQI")  # magic, size, tail, head, committed, length of the origin
-_TAIL, _HEAD, _COMMITTED = 16, 24, 32
-_U64 = struct.Struct("<Q")
-_U32 = struct.Struct("<I")
-_FRAME = struct.Struct("<IIQII")  # length, checksum, sequence, fold number, unused
-_NUMBER = 16
+_HEADER = struct.Struct("=8sQQQQI")  # magic, size, tail, head, committed, length of the origin
+_TAIL, _HEAD, _COMMITTED = 2, 3, 4  # places of the header's words of 64 bits
+_U32 = struct.Struct("=I")
+_FRAME = struct.Struct("=IIQII")  # length, checksum, sequence, fold number, unused
+_NUMBER = 4  # place of a frame's fold number among its words of 32 bits
 _SKIP = 0xFFFFFFFF
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -77,14 +77,24 @@ class Journal:
         When this returns True the process may be killed: the observation is in the file, unless
         there is none or it is full.
         """
-        payload = None if self.file is None else _payload(observation)
-        with self._lock:
+        file = self.file
+        payload = None
+        if file is not None:
+            try:
+                payload = _encode(observation)
+            except UnicodeEncodeError:  # a lone surrogate
+                payload = _encode(_washed(observation))
+        # Not `with`, which costs 1 000 instructions more.
+        self._lock.acquire()
+        try:
             if len(self._waiting) >= self._capacity:
                 return False
             self._sequence = sequence = self._sequence + 1
             if payload is not None and self.file is not None:
                 self.file.append(sequence, payload)
             self._waiting.append((sequence, observation))
+        finally:
+            self._lock.release()
         return True
 
     def take(self, at_most: int) -> list[Entry]:
@@ -94,6 +104,10 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def is_filling(self) -> bool:
+        """Tell whether a quarter of the room is taken, so that whoever takes from it must hurry."""
+        return len(self._waiting) > self._capacity // 4
 
     def release(self, sequence: int) -> None:
         """Forget on disk as well what is settled: everything up to this number."""
@@ -137,8 +151,14 @@ class JournalFile:
         self._map = mmap.mmap(descriptor, _HEADER_BYTES + size)
         self._close = finalize(self, os.close, descriptor)
         self._close.atexit = False  # the pipeline ends later, by an exit handler of its own
-        self._tail: int = _U64.unpack_from(self._map, _TAIL)[0]
-        self._head: int = _U64.unpack_from(self._map, _HEAD)[0]
+        # Half as dear as pack_into.
+        self._words = memoryview(self._map).cast("Q")
+        self._numbers = memoryview(self._map).cast("I")
+        self._tail: int = self._words[_TAIL]
+        self._head: int = self._words[_HEAD]
+        # Where the next frame may begin, and how long it may be; 0: it has to be found out.
+        self._at = 0
+        self._room = 0
         # For each frame that is not released: where it is, and where the next may begin.
         self._frames: dict[int, tuple[int, int]] = {}
 
@@ -193,16 +213,30 @@ class JournalFile:
     @property
     def committed(self) -> int:
         """Number of the last fold that was committed."""
-        return int(_U64.unpack_from(self._map, _COMMITTED)[0])
+        return int(self._words[_COMMITTED])
 
     @committed.setter
     def committed(self, number: int) -> None:
-        _U64.pack_into(self._map, _COMMITTED, number)
+        self._words[_COMMITTED] = number
 
     def append(self, sequence: int, payload: bytes) -> bool:
         """Write a frame; return False, and write nothing, when there is no room."""
         frame = _FRAME.pack(len(payload), crc32(payload), sequence, 0, 0) + payload
         length = len(frame) + 7 & ~7
+        if length > self._room and not self._find_room(length):
+            return False
+        at = self._at
+        self._map[at : at + len(frame)] = frame
+        self._at = at + length
+        self._room -= length
+        self._head = end = self._head + length
+        self._frames[sequence] = (at, end)
+        # Last: a process that is killed before leaves nothing, instead of half a frame.
+        self._words[_HEAD] = end
+        return True
+
+    def _find_room(self, length: int) -> bool:
+        """Find a place for a frame that follows at once; return False when there is no room."""
         start = self._head
         place = start % self._size
         if place + length > self._size:  # frames do not go round the end
@@ -210,15 +244,11 @@ class JournalFile:
             if start + length - self._tail <= self._size:
                 _U32.pack_into(self._map, _HEADER_BYTES + place, _SKIP)
             place = 0
-        end = start + length
-        if end - self._tail > self._size:
+        if start + length - self._tail > self._size:
             return False
-        at = _HEADER_BYTES + place
-        self._map[at : at + len(frame)] = frame
-        self._frames[sequence] = (at, end)
-        self._head = end
-        # Last: a process that is killed before leaves nothing, instead of half a frame.
-        _U64.pack_into(self._map, _HEAD, end)
+        self._head = start
+        self._at = _HEADER_BYTES + place
+        self._room = min(self._size - place, self._tail + self._size - start)
         return True
 
     def mark(self, sequences: Iterable[int], number: int) -> None:
@@ -226,7 +256,7 @@ class JournalFile:
         for sequence in sequences:
             frame = self._frames.get(sequence)
             if frame is not None:
-                _U32.pack_into(self._map, frame[0] + _NUMBER, number)
+                self._numbers[frame[0] // 4 + _NUMBER] = number
 
     def release(self, sequence: int) -> None:
         """Give room back up to this number; what was in it is wiped.
@@ -235,10 +265,18 @@ class JournalFile:
         """
         frames = self._frames
         start = self._tail
-        while frames and (first := next(iter(frames))) <= sequence:
-            self._tail = frames.pop(first)[1]
-        _U64.pack_into(self._map, _TAIL, self._tail)
+        # Listed first: to begin at the front again would pass all the gaps there each time.
+        for settled in list(takewhile(sequence.__ge__, frames)):
+            self._tail = frames.pop(settled)[1]
+        self._words[_TAIL] = self._tail
         self._wipe(start, self._tail)
+        if not frames:
+            # Where it began: so as many pages are touched as one batch needs, not the whole ring.
+            self._tail = -(-self._head // self._size) * self._size
+            # In this order: a process that is killed in between leaves an empty file, too.
+            self._words[_TAIL] = self._tail
+            self._words[_HEAD] = self._head = self._tail
+        self._room = 0
 
     def _wipe(self, start: int, end: int) -> None:
         """Zero what is between two places, counted without end; at most the whole ring."""
@@ -273,7 +311,7 @@ class JournalFile:
 
     def is_empty(self) -> bool:
         """Tell whether everything is settled."""
-        return not self._frames and self._tail == self._head
+        return not self._frames and self._tail >= self._head
 
     def is_there(self) -> bool:
         """Tell whether others could find it."""
@@ -284,24 +322,19 @@ class JournalFile:
         if remove:
             with suppress(OSError):
                 self._path.unlink()
+        self._words.release()
+        self._numbers.release()
         self._map.close()
         self._close()
 
 
-def _payload(observation: Observation) -> bytes:
-    try:
-        return _encode(observation)
-    except UnicodeEncodeError:  # a lone surrogate
-        return _encode(msgspec.structs.replace(observation, **_washed(observation)))
-
-
-def _washed(observation: Observation) -> dict[str, object]:
+def _washed(observation: Observation) -> Observation:
     values = msgspec.structs.asdict(observation)
     for name, value in values.items():
         if isinstance(value, str):
             values[name] = _wash(value)
     values["environ"] = tuple(map(_wash, observation.environ))
-    return values
+    return msgspec.structs.replace(observation, **values)
 
 
 def _wash(text: str) -> str:

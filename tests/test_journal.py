@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flask_usage_metrics.journal import Journal, JournalFile, Origin
-from flask_usage_metrics.observation import ENVIRON_TEXTS, Observation
+from flask_usage_metrics.observation import ENVIRON_KEYS, Observation
 
 SIZE = 4096
 HEADER = 4096
@@ -30,7 +30,7 @@ ORIGIN = Origin("shop 0", "host:1", 7, ("CF-IPCountry",))
 
 
 def seen(number: int, text: str = "x") -> Observation:
-    environ = ("GET", *[text] * (ENVIRON_TEXTS - 1))
+    environ = ("GET", *[text] * (len(ENVIRON_KEYS) - 1))
     return Observation(
         number, 5, number, environ, None, "e", "/", None, 200, None, 1, False, None, None
     )
@@ -223,6 +223,46 @@ def test_a_full_ring_refuses_and_goes_round_when_there_is_room_again(tmp_path: P
     file.close(remove=True)
 
 
+def test_an_empty_ring_begins_at_its_start_again(tmp_path: Path) -> None:
+    # So that only as much of the file is touched, and in memory, as one batch needs.
+    file = JournalFile.create(tmp_path, ORIGIN, SIZE)
+    (path,) = tmp_path.iterdir()
+    start = HEADER
+    for number in range(1, 60, 2):
+        for sequence in (number, number + 1):
+            assert file.append(sequence, payload(seen(sequence)))
+        assert path.read_bytes()[start : start + 8] != b"\0" * 8
+        assert not any(path.read_bytes()[start + SIZE // 2 :])
+        file.release(number)
+        assert [sequence for sequence, _ in frames(file)] == [number + 1]
+        file.release(number + 1)
+        assert file.is_empty()
+    file.close(remove=False)
+    adopted = JournalFile.adopt(path, ORIGIN.app)
+    assert adopted is not None
+    assert adopted.is_empty()
+    assert frames(adopted) == []
+    adopted.close(remove=True)
+
+
+def test_who_is_killed_while_beginning_anew_leaves_an_empty_file(tmp_path: Path) -> None:
+    file = JournalFile.create(tmp_path, ORIGIN, SIZE)
+    (path,) = tmp_path.iterdir()
+    assert file.append(1, payload(seen(1)))
+    head = path.read_bytes()[24:32]
+    file.release(1)
+    file.close(remove=False)
+    # The tail is written first.
+    with path.open("r+b") as raw:
+        raw.seek(24)
+        raw.write(head)
+    adopted = JournalFile.adopt(path, ORIGIN.app)
+    assert adopted is not None
+    assert frames(adopted) == []
+    assert adopted.is_empty()
+    adopted.close(remove=True)
+
+
 def test_lone_surrogates_are_kept_escaped(tmp_path: Path) -> None:
     journal = Journal(10)
     journal.file = JournalFile.create(tmp_path, ORIGIN, SIZE)
@@ -248,7 +288,7 @@ def test_an_end_during_an_append_loses_nothing(
         journal.close()  # as another thread does at exit
         return payload(observation)
 
-    monkeypatch.setattr("flask_usage_metrics.journal._payload", encode)
+    monkeypatch.setattr("flask_usage_metrics.journal._encode", encode)
     assert journal.append(seen(1))
     assert len(journal) == 1
 
@@ -406,7 +446,9 @@ folder = Path(sys.argv[1])
 app = Flask("shop")
 app.config["TRACK_USAGE_STATE_DIR"] = str(folder / "state")
 app.config["TRACK_USAGE_FLUSH_SECONDS"] = 0.05
-usage = TrackUsage(app, f"sqlite:///{folder}/usage.sqlite3", country=lambda address: "NL")
+# Asked by another thread, whose answer may come in the middle of a fold.
+country = None if "AT_ONCE" in os.environ else lambda address: "NL"
+usage = TrackUsage(app, f"sqlite:///{folder}/usage.sqlite3", country=country)
 app.add_url_rule("/<name>", "page", lambda name: name)
 
 def ask(path, many=False):
@@ -432,7 +474,7 @@ SEAMS = {
     "captured": lambda: None,
     "half": lambda: None,
     "marked": lambda: kill_after(JournalFile, "mark"),
-    "counted": lambda: kill_after(Totals, "add", lambda self, records, *_: records),
+    "counted": lambda: kill_after(Totals, "add", lambda self, records, folded, *_: folded),
     "visited": lambda: kill_after(TotalsFile, "visit", lambda self, new, folded, *_: folded),
     "written": lambda: kill_after(type(usage.storage), "write"),
     "released": lambda: kill_after(JournalFile, "release"),
@@ -518,16 +560,26 @@ print((folder / "result").read_text())
 SEAMS = ["captured", "marked", "counted", "written", "released"]
 
 
+@pytest.mark.parametrize("located", ["at once", "later"])
 @pytest.mark.parametrize("seam", SEAMS)
-def test_a_killed_process_leaves_each_record_once_to_the_next(tmp_path: Path, seam: str) -> None:
-    killed = run(APP + ALONE, tmp_path, "die", seam, "a")
+def test_a_killed_process_leaves_each_record_once_to_the_next(
+    tmp_path: Path, seam: str, located: str
+) -> None:
+    environment = {**os.environ, **({"AT_ONCE": "1"} if located == "at once" else {})}
+    killed = run(APP + ALONE, tmp_path, "die", seam, "a", env=environment)
     assert killed.returncode == -9, killed.stderr
-    done = run(APP + ALONE, tmp_path, "live", 21)
+    done = run(APP + ALONE, tmp_path, "live", 21, env=environment)
     assert done.returncode == 0, done.stderr
     rows, counted = json.loads(done.stdout)
     assert rows == sorted(["/last", *[f"/a{number}" for number in range(20)]])
-    # What the dead process had counted is not counted again: its counters were seen, or not.
-    assert counted in ((1, 21) if seam != "captured" else (21,))
+    # What the dead process had counted is not counted again: its counters were seen, or not. It had
+    # counted those whose country was known: all of them, or all but some that were asked for.
+    if seam == "captured":
+        assert counted == 21
+    elif located == "at once":
+        assert counted in (1, 21)
+    else:
+        assert 1 <= counted <= 21
 
 
 @pytest.mark.parametrize("second", ["marked", "forgotten"])
