@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import msgspec
-
 from flask_usage_metrics.pseudonyms import Pseudonyms
-from flask_usage_metrics.record import UsageRecord
 from flask_usage_metrics.redaction import REDACTED, Redactor
 
 Preset = Literal["full", "balanced", "strict"]
@@ -23,36 +20,31 @@ REFUSALS = ("HTTP_SEC_GPC", "HTTP_DNT")
 """WSGI names of the headers by which a visitor asks not to be known, being ``"1"``: Global Privacy
 Control (W3C) and its predecessor, Tracking Preference Expression."""
 
-_OPTED_OUT = {
-    "remote_addr": None,
-    "forwarded_for": None,
-    "ip_info": None,
-    "visitor": None,
-    "username": None,
-    "user_agent": None,
-}
-
 _KEPT_BITS = {4: 24, 6: 48}
 """What `balanced` keeps of an address, by the version of IP."""
 
-Changes = dict[str, Any]
+Values = dict[str, Any]
+"""JSON values by name."""
 
 
 class Policy:
-    """Cleans records before anybody else has them: what they are sent to, counted by, shown in.
+    """Cleans what is known of a request, before anybody else has it.
 
-    Country and visitor are known by then; both need the whole address.
+    So it is with what it is sent to, counted by, shown in. Country and visitor are found first;
+    both need the whole address.
 
     Args:
         preset: How much is kept.
         redact: Parts of names whose values are secret, besides the usual ones.
-        respects_refusals: Whether visitors who send one of `REFUSALS` are kept without address,
-            visitor, user name and user agent.
+        respects_refusals: Whether visitors who send one of `REFUSALS` are kept nameless.
         pseudonyms: What user names become with ``"balanced"``.
 
     Attributes:
-        headers: WSGI names of the headers that `is_refused` is to be given.
+        headers: WSGI names of the headers of which a visitor who refuses to be known sends one
+            as ``"1"``.
         keeps_visitors: Whether records may tell visitors apart.
+        is_nameless: Whether everybody is kept nameless: without address, X-Forwarded-For, visitor,
+            user name and user agent. So are those who refuse to be known.
     """
 
     def __init__(
@@ -64,93 +56,66 @@ class Policy:
         pseudonyms: Pseudonyms,
     ) -> None:
         self.headers = REFUSALS if respects_refusals else ()
-        self.keeps_visitors = preset != "strict"
-        self._redactor = Redactor(redact, emails=preset != "full")
+        self.is_nameless = preset == "strict"
+        self.keeps_visitors = not self.is_nameless
+        self._is_full = preset == "full"
+        self._redactor = Redactor(redact, emails=not self._is_full)
         self._pseudonyms = pseudonyms
-        presets: dict[str, Callable[[UsageRecord], Changes]] = {
-            "full": self._full,
-            "balanced": self._balanced,
-            "strict": self._strict,
-        }
-        self._changes = presets[preset]
 
-    @staticmethod
-    def is_refused(headers: Sequence[str]) -> bool:
-        """Tell whether a visitor asks not to be known, by the values of `headers`."""
-        return "1" in headers
-
-    def clean(self, record: UsageRecord, *, refused: bool) -> UsageRecord:
-        """Return what is kept of a record.
+    def target(
+        self, path: str, query: str, rule: str | None, arguments: Values | None
+    ) -> tuple[str, str, Values | None]:
+        """Return what is kept of the path, of the query string and of the view's arguments.
 
         Args:
-            record: What is known of a request.
-            refused: Whether the visitor asks not to be known.
+            path: Below the app's root.
+            query: As it came.
+            rule: The URL rule; None when no route matched.
+            arguments: JSON values.
         """
-        changes = self._changes(record)
-        if refused:
-            changes.update(_OPTED_OUT)
-        return msgspec.structs.replace(record, **changes) if changes else record
-
-    # ------------------------------------------------------------------------ the presets
-
-    def _full(self, record: UsageRecord) -> Changes:
-        changes: Changes = self._redacted(record)
-        if record.query:
-            query = self._redactor.query(record.query)
-            if query != record.query:
-                changes["query"] = query
-        if record.referrer is not None:
-            referrer = self._redactor.url(record.referrer) or None
-            if referrer != record.referrer:
-                changes["referrer"] = referrer
-        return changes
-
-    def _balanced(self, record: UsageRecord) -> Changes:
-        changes = self._redacted(record)
-        changes.update(
-            query="",
-            remote_addr=shorten(record.remote_addr),
-            forwarded_for=None,
-            ip_info=None,
-            user_agent=None,
-            referrer=_host(record.referrer),
-        )
-        if record.username is not None:
-            changes["username"] = self._pseudonyms.of(record.username)
-        return changes
-
-    def _strict(self, record: UsageRecord) -> Changes:
-        return {
-            **self._redacted(record),
-            **_OPTED_OUT,
-            "path": record.rule or "",
-            "query": "",
-            "view_args": None if record.view_args is None else {},
-            "referrer": None,
-            "track_var": {},
-        }
-
-    def _redacted(self, record: UsageRecord) -> Changes:
-        """Replace secrets in the path, the view's arguments and ``g.track_var``."""
-        changes: Changes = {}
-        if record.consumer is not None and self._redactor.is_secret_text(record.consumer):
-            changes["consumer"] = REDACTED  # the app named the key, in place of its owner
-        redactor, arguments, rule = self._redactor, record.view_args, record.rule
+        if self.is_nameless:
+            return rule or "", "", None if arguments is None else {}
+        redactor = self._redactor
         values = redactor.values(arguments) if arguments else arguments
-        if values is not arguments:
-            changes["view_args"] = values
         # Most requests have nothing of the kind, and need not be aligned with their rule.
         if values is not arguments or (rule is not None and redactor.is_secret_rule(rule)):
-            path = redactor.path(record.path, rule, arguments)
+            path = redactor.path(path, rule, arguments)
         else:
-            path = redactor.path(record.path)
-        if path != record.path:
-            changes["path"] = path
-        if record.track_var:
-            variables = self._redactor.variables(record.track_var)
-            if variables is not record.track_var:
-                changes["track_var"] = variables
-        return changes
+            path = redactor.path(path)
+        return path, redactor.query(query) if self._is_full else "", values
+
+    def address(self, address: str | None) -> str | None:
+        """Return what is kept of an address."""
+        if self.is_nameless:
+            return None
+        return address if self._is_full else shorten(address)
+
+    def header(self, text: str | None) -> str | None:
+        """Return what is kept of X-Forwarded-For, or of the user agent."""
+        return text if self._is_full else None
+
+    def ip_info(self, info: Values) -> Values | None:
+        """Return what is kept of what an HTTP country service answered."""
+        return info if self._is_full else None
+
+    def referrer(self, url: str) -> str | None:
+        """Return what is kept of a Referer header."""
+        if self.is_nameless:
+            return None
+        return self._redactor.url(url) or None if self._is_full else _host(url)
+
+    def username(self, name: str) -> str | None:
+        """Return what is kept of a user's name."""
+        return name if self._is_full else self._pseudonyms.of(name)
+
+    def consumer(self, name: str) -> str:
+        """Return what is kept of an API client's name."""
+        # The app may have named the key, in place of its owner.
+        return REDACTED if self._redactor.is_secret_text(name) else name
+
+    def variables(self, values: Values) -> Values:
+        """Return what is kept of ``g.track_var``."""
+        return {} if self.is_nameless else self._redactor.variables(values)
 
 
 @lru_cache(8192)
@@ -165,10 +130,8 @@ def shorten(address: str | None) -> str | None:
     return str(type(parsed)(kept))
 
 
-def _host(url: str | None) -> str | None:
+def _host(url: str) -> str | None:
     """Return the host of a referrer; None if it names none."""
-    if url is None:
-        return None
     try:
         return urlsplit(url).hostname
     except ValueError:

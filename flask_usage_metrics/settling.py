@@ -30,7 +30,7 @@ class Stream(msgspec.Struct, eq=False):
     last: int = 0
 
 
-class Item(msgspec.Struct, eq=False):
+class Item(msgspec.Struct, eq=False, gc=False):
     """An observation on its way.
 
     Attributes:

@@ -76,9 +76,11 @@ class Locator:
             if answer is None:
                 return None
             if ip_info is None:
+                if answer.country is not None:
+                    return answer
                 ip_info = answer.ip_info
-            if answer.country is not None:
-                return answer if answer.ip_info is ip_info else Answer(answer.country, ip_info)
+            elif answer.country is not None:
+                return Answer(answer.country, ip_info)
         return UNKNOWN if ip_info is None else Answer(None, ip_info)
 
     def locate_now(

@@ -1,0 +1,170 @@
+"""What is remembered to make records cheaply changes none of them, and stays small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flask import g
+from front_door import Site
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from werkzeug.test import EnvironBuilder
+
+from flask_usage_metrics.observation import (
+    ENVIRON_KEYS,
+    MAX_ENVIRON_CHARACTERS,
+    environ_texts,
+)
+
+Make = Callable[..., Site]
+
+TOKEN = "n3VQh7Zk2LxP9sTf4RmYw8Bc6D"
+
+
+# ------------------------------------------------------------------------ what is captured
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from((*ENVIRON_KEYS, "HTTP_CF_IPCOUNTRY", "HTTP_COOKIE", "wsgi.version")),
+        st.one_of(st.text(max_size=20), st.integers(), st.none()),
+    )
+)
+def test_texts_are_those_of_the_keys_in_their_order(environ: dict[str, Any]) -> None:
+    texts = environ_texts(environ, ("HTTP_CF_IPCOUNTRY",))
+    keys = (*ENVIRON_KEYS, "HTTP_CF_IPCOUNTRY")
+    assert texts == tuple(str(environ.get(key, "")) for key in keys)
+
+
+@pytest.mark.parametrize("missing", [None, "REMOTE_ADDR"])
+@pytest.mark.parametrize("key", ["HTTP_USER_AGENT", "QUERY_STRING", "HTTP_CF_IPCOUNTRY"])
+def test_large_texts_are_cut_together(key: str, missing: str | None) -> None:
+    environ = EnvironBuilder("/").get_environ() | {"REMOTE_ADDR": "::1"}
+    environ.pop(missing, None)
+    for size, kept in ((MAX_ENVIRON_CHARACTERS // 2, None), (MAX_ENVIRON_CHARACTERS, 2048)):
+        texts = environ_texts(environ | {key: "x" * size}, ("HTTP_CF_IPCOUNTRY",))
+        assert max(map(len, texts)) == (kept or size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sent"),
+    [
+        ("Content-Length", "5", 5),
+        ("content-length", "5", 5),
+        ("CONTENT-LENGTH", "5", 5),
+        ("Content-Length", "five", 5),
+        ("X-Length-Sent", "2", 5),
+    ],
+)
+def test_a_body_is_over_when_as_much_is_sent_as_was_said(
+    make_site: Make, name: str, value: str, sent: int
+) -> None:
+    site = make_site()
+    site.app.add_url_rule("/", "index", lambda: "x")
+    taken = []
+
+    def chunks(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [("Content-Type", "text/plain"), (name, value)])
+
+        def body() -> Any:
+            for chunk in (b"he", b"llo"):
+                taken.append(chunk)
+                yield chunk
+
+        return body()
+
+    site.app.extensions["track_usage"].capture._wsgi_app = chunks
+    assert site.wsgi() == (b"hello", "200 OK")
+    assert taken == [b"he", b"llo"]
+    assert site.only_record().bytes_sent == sent
+
+
+# ------------------------------------------------------------------------ what is remembered
+
+
+def test_what_is_remembered_of_one_request_is_right_for_the_next(make_site: Make) -> None:
+    site = make_site(TRUSTED_PROXIES="203.0.113.0/24", COUNTRY=None, RESPECT_GPC=True)
+    site.app.add_url_rule("/<name>", "page", lambda name: name)
+    site.app.add_url_rule("/<name>", "post", lambda name: name, methods=["POST"])
+    agents = [
+        "curl/8.5.0",
+        "Mozilla/5.0 (X11; Linux x86_64; rv:130.0) Gecko/20100101 Firefox/130.0",
+    ]
+    asked = [
+        (method, f"/{name}?{query}", agent, address, referrer, refuses)
+        for method in ("GET", "POST")
+        for name in ("ann", "bob")
+        for query in ("", "page=2", f"token={TOKEN}")
+        for agent in agents
+        for address in ("198.51.100.7", "2001:db8::1")
+        for referrer in ("", "https://example.org/a?b=c")
+        for refuses in ("", "1")
+    ]
+    for _ in range(2):  # the second time all is remembered
+        for method, path, agent, address, referrer, refuses in asked:
+            headers = {"User-Agent": agent, "X-Forwarded-For": address}
+            headers |= {"Referer": referrer} if referrer else {}
+            headers |= {"Sec-GPC": refuses} if refuses else {}
+            site.request(path, method=method, headers=headers)
+    records = site.records()
+    assert len(records) == 2 * len(asked)
+    for number, record in enumerate(records):
+        method, path, agent, address, referrer, refuses = asked[number % len(asked)]
+        name, query = path[1:].split("?")
+        assert (record.method, record.path, record.rule) == (method, f"/{name}", "/<name>")
+        assert record.endpoint == ("page" if method == "GET" else "post")
+        assert record.query == query.replace(TOKEN, "REDACTED")
+        assert record.view_args == {"name": name}
+        assert record.remote_addr == (None if refuses else address)
+        assert record.user_agent == (None if refuses else agent)
+        assert record.browser == ("Firefox" if agent is agents[1] else None)
+        assert record.client == ("human" if agent is agents[1] else "script")
+        assert record.referrer == ("https://example.org/a" if referrer else None)
+    assert len({record.id for record in records}) == len(records)
+
+
+def test_records_of_the_same_target_share_nothing_that_can_be_changed(make_site: Make) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def spoil(data: dict[str, Any]) -> None:
+        seen.append({"view_args": dict(data["view_args"]), "track_var": dict(data["track_var"])})
+        data["view_args"]["name"] = data["track_var"]["name"] = "somebody else"
+
+    site = make_site([spoil])
+
+    @site.app.get("/<name>")
+    def page(name: str) -> str:
+        g.track_var["name"] = name
+        return name
+
+    for _ in range(3):
+        site.get("/ann")
+        assert site.usage.flush()
+    assert seen == [{"view_args": {"name": "ann"}, "track_var": {"name": "ann"}}] * 3
+
+
+@pytest.mark.parametrize("key", ["path", "User-Agent", "Referer", "Host", "view_args"])
+def test_long_texts_of_strangers_are_not_remembered(make_site: Make, key: str) -> None:
+    site = make_site()
+
+    @site.app.url_value_preprocessor
+    def enlarge(_endpoint: str | None, values: dict[str, Any] | None) -> None:
+        if key == "view_args" and values is not None:
+            values["extra"] = "x" * 2000
+
+    site.app.add_url_rule("/<path:path>", "page", lambda path, **extra: path[:1])
+    for number in range(20):
+        long = f"{number}{'y' * 2000}"
+        headers = {"User-Agent": "curl", "Referer": "https://example.org/"}
+        if key in ("User-Agent", "Referer", "Host"):
+            headers[key] = long
+        path = f"/{long}" if key == "path" else f"/{number}"
+        site.get(path, headers=headers)
+    assert len(site.records()) == 20
+    enricher = site.app.extensions["track_usage"].pipeline._enricher
+    caches = (enricher._known_target, enricher._known_caller, enricher._known_referrer)
+    remembered = [cache.cache_info().currsize for cache in caches]
+    assert remembered == [0, 0, 0]
