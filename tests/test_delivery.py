@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from front_door import Site
 
-from flask_usage_metrics import StorageUnavailable, UsageRecord, extension
+from flask_usage_metrics import StorageUnavailable, UsageRecord, extension, pipeline
 from flask_usage_metrics.storage import Writer
 
 
@@ -455,3 +455,26 @@ def test_idle_threads_end_and_start_again(
             time.sleep(0.01)
         assert len(ours()) == before
     assert len(kept.records) == 3
+
+
+# ------------------------------------------------------------------------ the interpreter
+
+
+@pytest.mark.parametrize(("buffer", "expected"), [(10_000, 9 * 6 + 4), (100, 3 * 6 + 4)])
+def test_the_worker_gives_the_interpreter_away_unless_too_much_waits(
+    make_site: Callable[..., Site],
+    monkeypatch: pytest.MonkeyPatch,
+    buffer: int,
+    expected: int,
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(pipeline, "_STEP_SECONDS", 0.0)
+    monkeypatch.setattr(pipeline, "_CHUNK", 10)
+    monkeypatch.setattr(pipeline, "sleep", pauses.append)
+    site = make_site(FLUSH_SECONDS=1000, BUFFER_RECORDS=buffer)
+    visit(site, 95)
+    assert len(site.records()) == 95
+    # Three times in each ten, both to make records and to count them; but not while more than 25
+    # of 100 wait behind them.
+    assert len(pauses) == expected
+    site.assert_agrees()
