@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from operator import itemgetter
 from typing import Literal
 
 import msgspec
 
 from flask_usage_metrics.exemplars import Row
+from flask_usage_metrics.gzip_pieces import Piece
 from flask_usage_metrics.objectives import Objective
 from flask_usage_metrics.query import BUCKETS
 
@@ -205,7 +208,7 @@ class LabelSet:
 
     Attributes:
         values: Clean values, in the order of the family's labels.
-        text: ``name="value",...``, escaped.
+        text: ``name="value",...``, escaped, in UTF-8.
     """
 
     __slots__ = ("text", "values")
@@ -213,7 +216,18 @@ class LabelSet:
     def __init__(self, names: Iterable[str], values: tuple[str, ...]) -> None:
         self.values = values
         pairs = zip(names, values, strict=True)
-        self.text = ",".join(f'{name}="{_escape(value)}"' for name, value in pairs)
+        self.text = ",".join(f'{name}="{_escape(value)}"' for name, value in pairs).encode()
+
+
+BLOCK = 32
+"""So many series of a table are encoded together, and again when one of them changed.
+
+Half as many make the first scrape a tenth slower, twice as many those after 50 series changed by
+half.
+"""
+
+Kept = dict[tuple[str, bool], Piece]
+"""What a block of series looks like, compressed: by family, and whether in OpenMetrics."""
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -221,19 +235,38 @@ class Family(msgspec.Struct, frozen=True):
 
     Attributes:
         labels: Names of the labels, renamed.
-        samples: Value of each series of a counter or gauge.
-        buckets: Upper bounds in seconds of a histogram.
-        histograms: For each series of a histogram the cumulative counts by bucket, the last being
-            the count of all, and the sum in seconds.
+        series: Labels of each series.
+        rows: What is counted of each series; of a histogram that is for each bucket the count of
+            what is in it alone, and the sum in seconds.
+        kept: For each `BLOCK` of series, what an encoder keeps of it. When one of them changes,
+            the next moment has another dictionary in its place.
         exemplars: By the label values of those series of a histogram that have any.
+        value: Takes the value of a counter or gauge from its row.
+        buckets: Upper bounds in seconds of a histogram.
     """
 
     description: Description
     labels: tuple[str, ...]
-    samples: list[tuple[LabelSet, float]] = []
-    buckets: tuple[float, ...] = ()
-    histograms: list[tuple[LabelSet, list[int], float]] = []
+    series: list[LabelSet] = []
+    rows: list[list[int | float]] = []
+    kept: list[Kept] = []
     exemplars: dict[tuple[str, ...], Row] = {}
+    value: Callable[[list[int | float]], float] = itemgetter(0)
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def samples(self) -> list[tuple[LabelSet, float]]:
+        """The value of each series of a counter or gauge."""
+        values = map(self.value, self.rows)
+        return [*zip(self.series, values, strict=True)]
+
+    @property
+    def histograms(self) -> list[tuple[LabelSet, list[int], float]]:
+        """For each series the cumulative counts by bucket, and the sum in seconds."""
+        return [
+            (labels, [*accumulate(map(int, row[:-1]))], float(row[-1]))
+            for labels, row in zip(self.series, self.rows, strict=True)
+        ]
 
 
 def _escape(value: str) -> str:

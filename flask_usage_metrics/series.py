@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from operator import add
+from typing import Any
 
 from flask_usage_metrics.exemplars import Row, newest
-from flask_usage_metrics.metrics import LabelSet
-from flask_usage_metrics.totals_file import Key, Numbers
+from flask_usage_metrics.metrics import BLOCK, Description, Family, Kept, LabelSet
+from flask_usage_metrics.totals_file import Numbers
 
 Values = tuple[str, ...]
 """Label values, in the order of the family's labels."""
+
+
+class Series:
+    """One series; it lives as long as its table.
+
+    Attributes:
+        values: Label values.
+        place: Which one of its table it is, in the order of their first sight.
+        sums: What is counted of it, but for what is new. Not changed but replaced: scrapes go on
+            reading what they were given. None: nothing.
+        new: What was counted here and is not in the sums yet. None: nothing.
+        observed: The exemplar of each bucket, of what is new. None: there is none.
+    """
+
+    __slots__ = ("_table", "new", "observed", "place", "sums", "values")
+
+    def __init__(self, table: Table, values: Values, place: int) -> None:
+        self._table = table
+        self.values = values
+        self.place = place
+        self.sums: Numbers | None = None
+        self.new: Numbers | None = None
+        self.observed: Row | None = None
+
+    def begin(self) -> Numbers:
+        """Return the new numbers, of which there are none yet, to be added to."""
+        self.new = [0] * self._table.width
+        self._table.fresh.append(self)
+        return self.new
+
+    def keep(self, exemplar: bytes, bucket: int) -> None:
+        """Keep a packed exemplar of what is new, unless the one that is kept is newer."""
+        if exemplar and self.observed is None:
+            self.observed = [b""] * (self._table.width - 1)
+        if self.observed is not None:
+            self.observed[bucket] = max(self.observed[bucket], exemplar)
 
 
 class Table:
@@ -22,61 +58,115 @@ class Table:
         width: How many numbers a series has.
 
     Attributes:
-        new: By label values, what was counted here and is not in the siblings' file yet.
-        exemplars: By label values, those that are not in the siblings' file yet; of a histogram.
-        labels: Every series that is known, here or from siblings.
+        series: Every series that is known, here or from siblings, by its label values.
+        fresh: Those with something new.
     """
 
     def __init__(self, names: tuple[str, ...], bound: int, width: int) -> None:
         self.bound = bound
-        self.new: dict[Values, Numbers] = {}
-        self.exemplars: dict[Values, Row] = {}
-        self.labels: dict[Values, LabelSet] = {}
+        self.width = width
+        self.series: dict[Values, Series] = {}
+        self.fresh: list[Series] = []
         self._names = names
-        self._width = width
+        self._nothing: Numbers = [0] * width
+        # What scrapes are shown, by place.
+        self._labels: list[LabelSet] = []
+        self._rows: list[Numbers] = []
+        self._kept: list[Kept] = []
+        self._exemplars: dict[Values, Row] = {}
 
-    def row(self, values: Values) -> Numbers:
-        """Return the new numbers of a series, to be added to."""
-        row = self.new.get(values)
-        if row is None:
-            row = self.new[values] = [0] * self._width
-            if values not in self.labels:
-                self.learn(values)
-        return row
+    # ------------------------------------------------------------------------ writing
 
-    def keep(self, exemplar: bytes, values: Values, bucket: int) -> None:
-        """Keep a packed exemplar of a bucket, unless the one that is kept is newer."""
-        row = self.exemplars.get(values)
-        if row is None:
-            row = self.exemplars[values] = [b""] * (self._width - 1)
-        row[bucket] = max(row[bucket], exemplar)
+    def find(self, values: Values) -> Series:
+        """Return a series; what was not known is from now on."""
+        series = self.series.get(values)
+        if series is None:
+            series = self.series[values] = Series(self, values, len(self._rows))
+            self._labels.append(LabelSet(self._names, values))
+            self._rows.append(self._nothing)
+            if series.place % BLOCK == 0:
+                self._kept.append({})
+        return series
 
-    def learn(self, values: Values) -> None:
-        """Take note of a series."""
-        self.labels[values] = LabelSet(self._names, values)
+    def fit(self, values: Values, folded: Values) -> Series:
+        """Return a series, or the folded one if it is not known and there is no room for it."""
+        is_known = values in self.series or not self.is_full()
+        return self.find(values if is_known else folded)
 
     def is_full(self, spare: int = 0) -> bool:
         """Tell whether there are as many series as there may be."""
-        return len(self.labels) >= self.bound + spare
+        return len(self.series) >= self.bound + spare
 
-    def fit(self, values: Values, folded: Values) -> Values:
-        """Return the values, or the folded ones if there is no room for a new series."""
-        return values if values in self.labels or not self.is_full() else folded
+    def row(self, values: Values) -> Numbers:
+        """Return the new numbers of a series, to be added to."""
+        series = self.find(values)
+        return series.new or series.begin()
 
-    def rows(self, name: str, merged: Mapping[Key, Numbers]) -> list[tuple[LabelSet, Numbers]]:
-        """Return all series with their numbers: the siblings' sums and what is new."""
-        rows = []
-        for values, labels in self.labels.items():
-            old, new = merged.get((name, values)), self.new.get(values)
-            if old is None:
-                rows.append((labels, list(new or [0] * self._width)))
-            else:
-                rows.append((labels, old if new is None else [*map(add, old, new)]))
-        return rows
+    # ------------------------------------------------------------------------ sharing
 
-    def newest(self, name: str, merged: Mapping[Key, Row]) -> dict[Values, Row]:
-        """Return the exemplars of all series that have any: the newer of the siblings' and ours."""
-        rows = {values: row for (family, values), row in merged.items() if family == name}
-        for values, row in self.exemplars.items():
-            rows[values] = newest(rows.get(values), row)
-        return rows
+    def absorb(self) -> None:
+        """Add what is new to the sums; for a process that is alone."""
+        for series in self.fresh:
+            self._show(series)
+            series.sums = self._rows[series.place]
+        self.taken()
+
+    def offer(self) -> None:
+        """Take the sums for new: there are siblings now, who know nothing of them."""
+        self.absorb()
+        for series in self.series.values():
+            if series.sums is not None:
+                self.fresh.append(series)
+                series.new, series.sums = [*series.sums], None
+                exemplars = self._exemplars.get(series.values)
+                series.observed = None if exemplars is None else [*exemplars]
+
+    def taken(self) -> None:
+        """Take note that what was new is in the sums."""
+        for series in self.fresh:
+            series.new = series.observed = None
+        self.fresh.clear()
+
+    def settle(self, values: Values, sums: Numbers, exemplars: Row | None) -> None:
+        """Take over the sums of a series, and the exemplars if there is any."""
+        series = self.find(values)
+        series.sums = sums
+        if exemplars is not None:
+            self._exemplars[values] = exemplars
+        self._show(series)
+
+    # ------------------------------------------------------------------------ reading
+
+    def refresh(self) -> None:
+        """Show what is new, too."""
+        for series in self.fresh:
+            self._show(series)
+
+    def family(self, description: Description, **options: Any) -> Family:
+        """Return a family of what is shown now.
+
+        Args:
+            description: Of the family.
+            **options: Further attributes of the family.
+        """
+        return Family(
+            description,
+            self._names,
+            self._labels.copy(),
+            self._rows.copy(),
+            self._kept.copy(),
+            self._exemplars.copy() if description.kind == "histogram" else {},
+            **options,
+        )
+
+    def _show(self, series: Series) -> None:
+        sums, new = series.sums, series.new
+        if sums is None or new is None:
+            shown = sums or [*(new or self._nothing)]
+        else:
+            shown = [*map(add, sums, new)]
+        self._rows[series.place] = shown
+        if series.observed is not None:
+            known = self._exemplars.get(series.values)
+            self._exemplars[series.values] = newest(known, series.observed)
+        self._kept[series.place // BLOCK] = {}

@@ -8,7 +8,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from time import monotonic
 from typing import Protocol
@@ -53,12 +53,15 @@ from flask_usage_metrics.metrics import (
     Shape,
 )
 from flask_usage_metrics.record import UsageRecord
-from flask_usage_metrics.series import Table, Values
+from flask_usage_metrics.series import Series, Table, Values
 from flask_usage_metrics.state import State, StateUnavailable
-from flask_usage_metrics.totals_file import Gauges, TotalsFile
+from flask_usage_metrics.totals_file import Gauges, Numbers, TotalsFile
 
 _PAUSE_SECONDS = 1.0
 """The siblings' file is left alone for so long when a visit failed."""
+
+_Combination = tuple[str, str | None, int, str | None, str]
+"""Method, endpoint, status, country and client of a record."""
 
 _STATUSES = {status: str(status) for status in range(100, 600)}
 
@@ -140,6 +143,7 @@ class Totals:
         for objective in self.shape.objectives:
             for result in ("good", "bad"):
                 self._events.row((objective.name, result))
+        self._known: dict[_Combination, tuple[Series, Series, Series, Series]] = {}
         self._published: dict[tuple[int, str], int] = {}
         self._folded: dict[JournalFile, int] = {}
         for account in self._accounts:
@@ -161,12 +165,7 @@ class Totals:
             sampled: Ids of those records whose span is exported: they may become exemplars.
         """
         with self._lock:
-            if sampled:
-                for record in records:
-                    self._add(record, pack(record) if record.id in sampled else b"")
-            else:
-                for record in records:
-                    self._add(record)
+            self._add(records, sampled)
             self._folded.update(folded)
             if self._file is None:
                 self._commit()
@@ -183,63 +182,87 @@ class Totals:
         self._sources.add(source)
         self._faults.append(faults)
 
-    def _add(self, record: UsageRecord, exemplar: bytes = b"") -> None:
-        values = (
-            record.method if record.method in METHODS else OTHER_METHOD,
-            UNMATCHED if record.endpoint is None else record.endpoint,
-            _STATUSES.get(record.status, OTHER_STATUS),
-            record.country or UNKNOWN_COUNTRY,
-        )
-        series = self._requests.new.get(values)
-        if series is None:
-            if values not in self._requests.labels:
-                values = self._first_seen(values)
-            series = self._requests.row(values)
-        seconds = record.duration_seconds
-        bucket = bisect_left(self.shape.buckets, seconds)
-        series[bucket] += 1
-        series[-1] += seconds
-        observed: Values = values
-        if self._durations is not self._requests:
-            observed = tuple([values[place] for place in self._picked])
-            durations = self._durations.row(observed)
-            durations[bucket] += 1
-            durations[-1] += seconds
-        if exemplar:
-            self._durations.keep(exemplar, observed, bucket)
-        endpoint = self._sizes.fit((record.endpoint or UNMATCHED,), (FOLDED,))
-        sizes = self._sizes.row(endpoint)
-        sizes[0] += record.bytes_sent
-        sizes[1] += record.bytes_received or 0
-        self._clients.row((record.client,))[0] += 1
-        for objective in self.shape.objectives:
-            self._events.row(objective.event(record))[0] += 1
-        if record.consumer is not None:
-            consumed = (record.consumer, values[2])
-            fitted = self._consumers.fit(consumed, (FOLDED, values[2]))
-            if fitted != consumed:
-                self._overflow.row(("consumer",))[0] += 1
-            self._consumers.row(fitted)[0] += 1
-        if record.exception is not None:
-            raised = (*endpoint, record.exception)
-            fitted = self._exceptions.fit(raised, (FOLDED, FOLDED))
-            if fitted != raised:
-                self._overflow.row(("exception",))[0] += 1
-            self._exceptions.row(fitted)[0] += 1
+    def _add(self, records: Iterable[UsageRecord], sampled: Collection[str]) -> None:
+        # Of a combination that is known this calls nothing of ours: a call costs as much as finding
+        # all four series does.
+        known, bounds, objectives = self._known, self.shape.buckets, self.shape.objectives
+        for record in records:
+            key = (record.method, record.endpoint, record.status, record.country, record.client)
+            requests, durations, sizes, clients = known.get(key) or self._find(key)
+            seconds = record.duration_seconds
+            bucket = bisect_left(bounds, seconds)
+            row = requests.new or requests.begin()
+            row[bucket] += 1
+            row[-1] += seconds
+            if durations is not requests:
+                row = durations.new or durations.begin()
+                row[bucket] += 1
+                row[-1] += seconds
+            if record.id in sampled:
+                durations.keep(pack(record), bucket)
+            row = sizes.new or sizes.begin()
+            row[0] += record.bytes_sent
+            if record.bytes_received:
+                row[1] += record.bytes_received
+            row = clients.new or clients.begin()
+            row[0] += 1
+            for objective in objectives:
+                self._events.row(objective.event(record))[0] += 1
+            status = requests.values[2]
+            if record.consumer is not None:
+                self._count(self._consumers, (record.consumer, status), (FOLDED, status))
+            if record.exception is not None:
+                raised = (*sizes.values, record.exception)
+                self._count(self._exceptions, raised, (FOLDED, FOLDED))
 
-    def _first_seen(self, values: tuple[str, str, str, str]) -> tuple[str, str, str, str]:
-        """Return the labels to count under those not seen before; a full table folds them."""
+    def _count(self, table: Table, values: Values, folded: Values) -> None:
+        """Count one; a full table folds what was not seen before."""
+        series = table.fit(values, folded)
+        if series.values != values:
+            label = "consumer" if table is self._consumers else "exception"
+            self._overflow.row((label,))[0] += 1
+        (series.new or series.begin())[0] += 1
+
+    def _find(self, key: _Combination) -> tuple[Series, Series, Series, Series]:
+        """Return the series of requests, durations, sizes and clients that a request counts in.
+
+        They are the same for ever, and remembered, unless a full table folded something: that is
+        counted each time, and ends where a sibling knows the series.
+        """
+        method, endpoint, status, country, client = key
+        values = (
+            method if method in METHODS else OTHER_METHOD,
+            UNMATCHED if endpoint is None else endpoint,
+            _STATUSES.get(status, OTHER_STATUS),
+            country or UNKNOWN_COUNTRY,
+        )
+        requests = self._requests.series.get(values) or self._first_seen(values)
+        durations = requests
+        if self._durations is not self._requests:
+            observed = tuple([requests.values[place] for place in self._picked])
+            durations = self._durations.find(observed)
+        sizes = self._sizes.fit(values[1:2], (FOLDED,))
+        found = (requests, durations, sizes, self._clients.find((client,)))
+        is_exact = (requests.values, sizes.values) == (values, values[1:2])
+        # Methods and numbers of status are up to whoever asks: there is no end of them.
+        is_usual = method in METHODS and status in _STATUSES
+        if is_exact and is_usual and len(self._known) < self.shape.max_series:
+            self._known[key] = found
+        return found
+
+    def _first_seen(self, values: tuple[str, str, str, str]) -> Series:
+        """Return what to count labels under that were not seen before; a full table folds them."""
         table = self._requests
         if not table.is_full():
-            return values
+            return table.find(values)
         method, endpoint, status, _ = values
         self._overflow.row(("country",))[0] += 1
         values = (method, endpoint, status, FOLDED)
         # Some room beyond the bound keeps the endpoints apart for a while longer.
-        if values not in table.labels and table.is_full(spare=table.bound // 10):
+        if values not in table.series and table.is_full(spare=table.bound // 10):
             self._overflow.row(("endpoint",))[0] += 1
             values = (method, FOLDED, status, FOLDED)
-        return values
+        return table.find(values)
 
     def _table(self, described: Description, width: int) -> Table:
         table = Table(self._names[described], self.shape.max_series, width)
@@ -253,6 +276,8 @@ class Totals:
         with self._lock:
             if self._file is None:
                 self._file = TotalsFile(path)
+                for table in self._tables.values():
+                    table.offer()
 
     def stay_alone(self) -> None:
         """Take note that there are siblings, and no place to share totals with them."""
@@ -310,31 +335,31 @@ class Totals:
         if self._file is None or monotonic() < self._retry_at:
             return
         self._count_results()
+        fresh = [(name, series) for name, table in self._tables.items() for series in table.fresh]
         new = {
-            (name, values): numbers
-            for name, table in self._tables.items()
-            for values, numbers in table.new.items()
+            (name, series.values): series.new for name, series in fresh if series.new is not None
         }
         exemplars = {
-            (name, values): row
-            for name, table in self._tables.items()
-            for values, row in table.exemplars.items()
+            (name, series.values): series.observed
+            for name, series in fresh
+            if series.observed is not None
         }
         folded = {journal.id: number for journal, number in self._folded.items()}
+        gauges = self._gauges(list(self._sources))
         try:
-            self._file.visit(new, folded, self._gauges(list(self._sources)), exemplars)
+            changes = self._file.visit(new, folded, gauges, exemplars)
         except (sqlite3.Error, OSError, StateUnavailable) as error:
             self._complain(error)
             return
         self._is_shared = True
         for table in self._tables.values():
-            table.new.clear()
-            table.exemplars.clear()
+            table.taken()
         self._commit()
-        for name, values in self._file.merged:
+        for key, sums in changes.sums.items():
+            name, values = key
             known = self._tables.get(name)  # None: of a sibling that is newer
-            if known is not None and values not in known.labels:
-                known.learn(values)
+            if known is not None:
+                known.settle(values, sums, changes.exemplars.get(key))
 
     def _complain(self, error: Exception) -> None:
         self._is_shared = False
@@ -358,56 +383,32 @@ class Totals:
         with self._lock:
             self._exchange()
             self._count_results()
-            merged = {} if self._file is None else self._file.merged
-            rows = {name: table.rows(name, merged) for name, table in self._tables.items()}
-            latencies = DURATION.name if DURATION.name in rows else REQUESTS.name
-            theirs = {} if self._file is None else self._file.exemplars
-            exemplars = self._durations.newest(latencies, theirs)
+            for table in self._tables.values():
+                if self._file is None:
+                    table.absorb()
+                else:
+                    table.refresh()
+            families = {
+                described: self._tables[described.name].family(described)
+                for described in DESCRIPTIONS
+                if described.name in self._tables
+            }
+            families[REQUESTS] = self._requests.family(REQUESTS, value=_count_of)
+            families[REQUEST_BYTES] = self._sizes.family(REQUEST_BYTES, value=itemgetter(1))
+            families[DURATION] = self._durations.family(DURATION, buckets=self.shape.buckets)
             siblings = {} if self._file is None else dict(self._file.workers)
         siblings[os.getpid()] = self._gauges(sources)
         gauges = self._sampled(list(siblings.values()))
         visitors = [count for source in sources if (count := source.visitors()) is not None]
-        if visitors:
-            window = LabelSet(self._names[VISITORS], ("1d",))
-            gauges[VISITORS] = [(window, sum(visitors))]
-        taken = {
-            REQUESTS: [(labels, sum(row[:-1])) for labels, row in rows[REQUESTS.name]],
-            RESPONSE_BYTES: [(labels, row[0]) for labels, row in rows[RESPONSE_BYTES.name]],
-            REQUEST_BYTES: [(labels, row[1]) for labels, row in rows[RESPONSE_BYTES.name]],
-            **{
-                described: [(labels, row[0]) for labels, row in rows[described.name]]
-                for described in (
-                    EXCEPTIONS,
-                    CLIENT_REQUESTS,
-                    CONSUMER_REQUESTS,
-                    OBJECTIVE_EVENTS,
-                    OVERFLOW,
-                    RECORDS,
-                    FAULTS,
-                )
-            },
-            **gauges,
-        }
-        histograms = [
-            (labels, [int(count) for count in accumulate(row[:-1])], float(row[-1]))
-            for labels, row in rows[latencies]
-        ]
-        return [
-            Family(
-                described,
-                self._names[described],
-                taken.get(described, []),
-                self.shape.buckets,
-                histograms if described is DURATION else [],
-                exemplars if described is DURATION else {},
-            )
-            for described in DESCRIPTIONS
-        ]
+        gauges[VISITORS] = {("1d",): sum(visitors)} if visitors else {}
+        for described, values in gauges.items():
+            families[described] = self._gauge_family(described, values)
+        return [families[described] for described in DESCRIPTIONS]
 
     def descriptions(self) -> list[Family]:
         """Return all families without samples; nothing is folded for it."""
         return [
-            Family(described, self._names[described], [], self.shape.buckets, [])
+            Family(described, self._names[described], buckets=self.shape.buckets)
             for described in DESCRIPTIONS
         ]
 
@@ -441,8 +442,8 @@ class Totals:
             all(source.is_journaled() for source in sources),
         )
 
-    def _sampled(self, workers: list[Gauges]) -> dict[Description, list[tuple[LabelSet, float]]]:
-        computed: dict[Description, dict[Values, float]] = {
+    def _sampled(self, workers: list[Gauges]) -> dict[Description, dict[Values, float]]:
+        return {
             OBJECTIVES: {(objective.name,): objective.ratio for objective in self.shape.objectives},
             IN_PROGRESS: {(): sum(worker.in_progress for worker in workers)},
             PENDING: _keyed(_merged(sum, [worker.pending for worker in workers])),
@@ -452,13 +453,15 @@ class Totals:
             JOURNALED: {(): int(all(worker.journaled for worker in workers))},
             BUILD_INFO: {(self._version,): 1},
         }
-        return {
-            described: [
-                (LabelSet(self._names[described], key), value)
-                for key, value in sorted(values.items())
-            ]
-            for described, values in computed.items()
-        }
+
+    def _gauge_family(self, described: Description, values: dict[Values, float]) -> Family:
+        names = self._names[described]
+        series = [LabelSet(names, key) for key in sorted(values)]
+        return Family(described, names, series, [[values[labels.values]] for labels in series])
+
+
+def _count_of(row: Numbers) -> float:
+    return sum(row[:-1])
 
 
 def _names(described: Description, shape: Shape) -> tuple[str, ...]:

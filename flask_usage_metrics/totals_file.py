@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 from weakref import finalize
 
 import msgspec
@@ -63,6 +64,18 @@ class Gauges(msgspec.Struct, frozen=True):
     journaled: bool
 
 
+class Changes(NamedTuple):
+    """What is not as it was before a visit, whoever changed it.
+
+    Attributes:
+        sums: The sums of all siblings.
+        exemplars: The newest of all siblings.
+    """
+
+    sums: dict[Key, Numbers]
+    exemplars: dict[Key, Row]
+
+
 class TotalsFile:
     """What all siblings counted; each adds what it counted since its last visit.
 
@@ -101,7 +114,7 @@ class TotalsFile:
         folded: Mapping[str, int],
         gauges: Gauges,
         exemplars: Mapping[Key, Row] = {},
-    ) -> None:
+    ) -> Changes:
         """Add what is new, and learn what others added.
 
         Args:
@@ -110,13 +123,16 @@ class TotalsFile:
             gauges: Of this process.
             exemplars: What was observed since the last visit; kept where it is the newest.
 
+        Returns:
+            What is new, added to what was there, and what others added since the last visit.
+
         Raises:
             sqlite3.Error: The file cannot be used now; nothing was added.
             OSError: The file cannot be opened.
             StateUnavailable: Its folder is not ours alone.
         """
         try:
-            self._visit(new, folded, gauges, exemplars)
+            return self._visit(new, folded, gauges, exemplars)
         except sqlite3.DatabaseError as error:
             self.close()
             # Exactly that class: "file is not a database", "disk image is malformed".
@@ -131,18 +147,21 @@ class TotalsFile:
         folded: Mapping[str, int],
         gauges: Gauges,
         exemplars: Mapping[Key, Row],
-    ) -> None:
+    ) -> Changes:
         connection = self._open()
         remembered = self._is_new and bool(self.merged)
         connection.execute("BEGIN IMMEDIATE")
         try:
             theirs = self._read_changes(connection)
             newer = self._newer(self._read_exemplars(connection), exemplars)
-            base = {**self.merged, **theirs}
+            written: Mapping[Key, Numbers] = new
             if remembered:
-                base = {key: _larger(self.merged.get(key), theirs.get(key)) for key in base}
-            written = base if remembered else new
-            sums = {key: _sum(base.get(key), new.get(key)) for key in {**written, **new}}
+                for key, numbers in self.merged.items():
+                    theirs[key] = _larger(numbers, theirs.get(key))
+                written = {**theirs, **new}
+            sums = {
+                key: _sum(theirs.get(key) or self.merged.get(key), new.get(key)) for key in written
+            }
             kept = {**self.exemplars, **newer} if remembered else {k: newer[k] for k in exemplars}
             (change,) = connection.execute("SELECT number FROM change").fetchone()
             connection.executemany(
@@ -172,12 +191,13 @@ class TotalsFile:
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
-        self.merged.update(base)
-        self.merged.update(sums)
+        changes = Changes({**theirs, **sums}, newer)
+        self.merged.update(changes.sums)
         self.exemplars.update(newer)
         self.workers = workers
         self._seen = change + 1
         self._is_new = False
+        return changes
 
     def folded(self, journal: str) -> int | None:
         """Return the number of the last fold of a journal that is in the sums; None if not known.

@@ -30,7 +30,7 @@ from werkzeug.serving import make_server
 
 from flask_usage_metrics import TrackUsage, UsageRecord, open_storage
 from flask_usage_metrics.collector import UsageCollector, collector_of
-from flask_usage_metrics.exposition import encode_families
+from flask_usage_metrics.encoding import blocks_of, encode
 from flask_usage_metrics.metrics import Shape
 from flask_usage_metrics.storage import Storage
 from flask_usage_metrics.totals import Totals
@@ -91,7 +91,7 @@ def found(text: str) -> list[Found]:
 
 
 def expose(totals: Totals) -> list[Found]:
-    return found(encode_families(totals.families(), openmetrics=True).decode() + "# EOF\n")
+    return found(encode(blocks_of(totals.families(), openmetrics=True)).decode() + "# EOF\n")
 
 
 def numbers(totals: Totals) -> dict[tuple[str, str], int]:
@@ -112,7 +112,7 @@ def test_says_which_request_how_long_it_took_and_when_it_ended(totals: Totals) -
         span_id="00f067aa0ba902b7",
     )
     add(totals, record)
-    lines = encode_families(totals.families(), openmetrics=True).decode().splitlines()
+    lines = encode(blocks_of(totals.families(), openmetrics=True)).decode().splitlines()
     (line,) = [line for line in lines if " # " in line]
     ended = f"{START.timestamp():.0f}.012"
     assert line == (
@@ -206,7 +206,7 @@ def test_text_has_no_room_for_them(totals: Totals) -> None:
     add(totals, *records)
     other.add(records, {})
     assert len(expose(totals)) == 15
-    text, plain = (encode_families(t.families(), openmetrics=False) for t in (totals, other))
+    text, plain = (encode(blocks_of(t.families(), openmetrics=False)) for t in (totals, other))
     assert text == plain
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
+import random
+import threading
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 from flask import Flask
@@ -15,11 +19,16 @@ from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from records import make_record
 from werkzeug.test import Client
 
 from flask_usage_metrics import ConfigError, TrackUsage
+from flask_usage_metrics.collector import UsageCollector
+from flask_usage_metrics.encoding import blocks_of, compress, encode
 from flask_usage_metrics.exposition import prefers_openmetrics
-from flask_usage_metrics.metrics import DESCRIPTIONS
+from flask_usage_metrics.gzip_pieces import GzipStream, Piece
+from flask_usage_metrics.metrics import BLOCK, DESCRIPTIONS, REQUEST_LABELS, Shape
+from flask_usage_metrics.totals import Totals
 
 PROMETHEUS = (
     "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;"
@@ -114,6 +123,121 @@ def test_gzip_when_accepted(visited: Site) -> None:
     for refused in ("", "identity", "gzip;q=0"):
         plain = client.get("/metrics", headers={"Accept-Encoding": refused})
         assert "Content-Encoding" not in plain.headers
+
+
+def unpacked(packed: bytes) -> bytes:
+    """Return what is in one gzip member, of which there must be no more: some stop after one."""
+    member = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    text = member.decompress(packed)
+    assert (member.eof, member.unused_data) == (True, b"")
+    return text
+
+
+@given(st.lists(st.lists(st.integers(0, 9)), max_size=4), st.lists(st.binary(), min_size=10))
+def test_pieces_can_be_used_again_in_any_order(
+    streams: list[list[int]], texts: list[bytes]
+) -> None:
+    made: dict[int, Piece] = {}
+    for places in streams:
+        stream = GzipStream()
+        for place in places:
+            if place in made:
+                stream.add(made[place])
+            else:
+                made[place] = stream.write(texts[place] * 1000)
+        expected = b"".join([texts[place] * 1000 for place in places])
+        assert unpacked(stream.finish()) == expected
+
+
+class TestManySeries:
+    """More than fit into one block, so that blocks are kept from scrape to scrape."""
+
+    COUNT = 10 * BLOCK + 1
+
+    @pytest.fixture(params=[REQUEST_LABELS, ("endpoint",), ()], ids=["all", "endpoint", "none"])
+    def totals(self, request: pytest.FixtureRequest) -> Totals:
+        totals = Totals(Shape(histogram_labels=request.param), "1")
+        self.visit(totals, range(self.COUNT))
+        return totals
+
+    def visit(self, totals: Totals, numbers: Iterable[int]) -> None:
+        records = [
+            make_record(endpoint=f'a "{n}"\n', duration_seconds=n % 13, bytes_received=n)
+            for n in numbers
+        ]
+        totals.add(records, {})
+
+    def test_gzip_says_the_same_whatever_changed(self, totals: Totals) -> None:
+        registry = CollectorRegistry()
+        registry.register(UsageCollector(totals))
+        chance = random.Random(1)
+        for step in range(12):
+            for openmetrics in (step % 3 == 0, False, True):
+                text = encode(blocks_of(totals.families(), openmetrics))
+                assert unpacked(compress(blocks_of(totals.families(), openmetrics))) == text
+            theirs = generate_latest(registry).decode()
+            text = encode(blocks_of(totals.families(), openmetrics=False))
+            assert families(parse_text(text.decode())) == families(parse_text(theirs))
+            self.visit(totals, chance.choices(range(self.COUNT + step), k=step))
+
+    def test_blocks_are_kept_until_one_of_their_series_changes(self, totals: Totals) -> None:
+        before = totals.families()[0]
+        compress(blocks_of([before], openmetrics=False))
+        # The last, which is short, is made anew each time.
+        assert [len(kept) for kept in before.kept] == [1] * 10 + [0]
+        self.visit(totals, [3 * BLOCK, 3 * BLOCK + 1, 7 * BLOCK - 1])
+        after = totals.families()[0]
+        same = [now is then for now, then in zip(after.kept, before.kept, strict=True)]
+        assert [place for place, is_same in enumerate(same) if not is_same] == [3, 6]
+        assert before.samples[3 * BLOCK][1] == 1
+        assert after.samples[3 * BLOCK][1] == 2
+
+    def test_asking_for_some_names_keeps_nothing(self, totals: Totals) -> None:
+        name = "flask_usage_request_duration_seconds_count"
+        found = totals.families()
+        text = compress(blocks_of(found, openmetrics=False, names={name}))
+        lines = gzip.decompress(text).decode().splitlines()
+        assert {line.split("{")[0].split()[0] for line in lines if line[0] != "#"} == {name}
+        assert not any(kept for family in found for kept in family.kept)
+
+    @pytest.mark.parametrize("is_shared", [False, True], ids=["alone", "shared"])
+    def test_a_scrape_shows_one_moment(
+        self, totals: Totals, is_shared: bool, tmp_path: Path
+    ) -> None:
+        if is_shared:
+            (tmp_path / "g").mkdir(mode=0o700)
+            totals.share(tmp_path / "g" / "totals.sqlite3")
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                self.visit(totals, range(0, self.COUNT, 7))
+                totals.exchange()
+
+        def scrape(found: list[set[float]]) -> None:
+            for _ in range(5):
+                text = unpacked(compress(blocks_of(totals.families(), openmetrics=True)))
+                names = (
+                    "requests_total",
+                    "request_duration_seconds_count",
+                    "client_requests_total",
+                )
+                found.append(
+                    {sum(samples(text.decode(), f"flask_usage_{name}").values()) for name in names}
+                )
+
+        found: list[set[float]] = []
+        worker = threading.Thread(target=work)
+        scrapers = [threading.Thread(target=scrape, args=(found,)) for _ in range(2)]
+        for thread in (worker, *scrapers):
+            thread.start()
+        for thread in scrapers:
+            thread.join()
+        stop.set()
+        worker.join()
+        assert len(found) == 10
+        assert {len(counts) for counts in found} == {1}
+        totals.close()
 
 
 @pytest.mark.parametrize("accept", ["text/plain", PROMETHEUS], ids=["text", "openmetrics"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +15,12 @@ from front_door import Site, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from records import make_record
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from flask_usage_metrics import ConfigError, TrackUsage
+from flask_usage_metrics.metrics import Shape
+from flask_usage_metrics.totals import Totals
 
 
 def test_a_full_table_folds_country_first_then_endpoint(make_site: Callable[..., Site]) -> None:
@@ -123,6 +129,126 @@ def test_exceptions_are_bounded(make_site: Callable[..., Site]) -> None:
     found = site.samples("flask_usage_exceptions_total")
     assert len(found) == 6
     assert sum(found.values()) == 20
+
+
+def counts(totals: Totals, place: int = 0) -> dict[tuple[str, ...], float]:
+    """Return the samples of a family, by default of the requests."""
+    return {labels.values: value for labels, value in totals.families()[place].samples}
+
+
+class TestSiblings:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        (tmp_path / "g").mkdir(mode=0o700)
+        return tmp_path / "g" / "totals.sqlite3"
+
+    def test_what_was_counted_and_shown_alone_is_told_to_siblings_that_come(
+        self, path: Path
+    ) -> None:
+        one, other = Totals(Shape(), "1"), Totals(Shape(), "1")
+        ids = {"trace_id": "1" * 32, "span_id": "2" * 16}
+        records = [make_record(**ids), make_record(), make_record(endpoint="b")]
+        one.add(records, {}, {records[0].id})
+        assert sum(counts(one).values()) == 3
+        one.add([make_record()], {})
+        one.share(path)
+        one.exchange()
+        other.share(path)
+        for totals in (one, other):
+            assert counts(totals) == {
+                ("GET", "user", "200", "DE"): 3,
+                ("GET", "b", "200", "DE"): 1,
+            }
+            (exemplars,) = [f.exemplars for f in totals.families() if f.exemplars]
+            assert [*exemplars] == [("GET", "user", "200", "DE")]
+            totals.close()
+
+    def test_what_a_full_table_folded_is_counted_on_its_own_once_a_sibling_knows_it(
+        self, path: Path
+    ) -> None:
+        full, other = Totals(Shape(max_series=1), "1"), Totals(Shape(max_series=1), "1")
+        full.add([make_record(), *[make_record(country="NL", endpoint="b")] * 3], {})
+        folded = {("GET", "user", "200", "DE"): 1, ("GET", "__other__", "200", "__other__"): 3}
+        assert counts(full) == folded
+        other.add([make_record(country="NL", endpoint="b")], {})
+        for totals in (other, full):
+            totals.share(path)
+            totals.exchange()
+        full.add([make_record(country="NL", endpoint="b")], {})
+        assert counts(full) == {**folded, ("GET", "b", "200", "NL"): 2}
+        sent = {family.description.name: family for family in full.families()}
+        by_endpoint = sent["flask_usage_response_bytes_total"].samples
+        assert {labels.values: value / 1234 for labels, value in by_endpoint} == {
+            ("user",): 1,
+            ("__other__",): 3,
+            ("b",): 2,
+        }
+        overflow = sent["flask_usage_label_overflow_total"].samples
+        assert {labels.values[0]: value for labels, value in overflow} == {
+            "country": 3,
+            "endpoint": 3,
+            "exception": 0,
+            "consumer": 0,
+        }
+        for totals in (full, other):
+            totals.close()
+
+    def test_whatever_is_remembered_of_a_combination_counts_in_every_family(
+        self, path: Path
+    ) -> None:
+        workers = [Totals(Shape(histogram_labels=("endpoint",)), "1") for _ in range(3)]
+        chance = random.Random(1)
+        expected: Counter[tuple[str, ...]] = Counter()
+        for step in range(60):
+            worker = chance.choice(workers)
+            if step == 20:
+                for each in workers:
+                    each.share(path)
+            made = [
+                make_record(
+                    endpoint=chance.choice([None, "a", "b"]),
+                    country=chance.choice([None, "NL", "DE"]),
+                    method=chance.choice(["GET", "BREW"]),
+                    status=chance.choice([200, 999]),
+                    client=chance.choice(["human", "script"]),
+                )
+                for _ in range(chance.randrange(9))
+            ]
+            worker.add(made, {})
+            expected.update(
+                (
+                    "GET" if record.method == "GET" else "_OTHER",
+                    record.endpoint or "__unmatched__",
+                    "200" if record.status == 200 else "_OTHER",
+                    record.country or "ZZ",
+                )
+                for record in made
+            )
+            if chance.random() < 0.5:
+                worker.exchange()
+            if chance.random() < 0.2:
+                worker.families()
+        for worker in workers:
+            worker.exchange()
+        for worker in workers:
+            assert counts(worker) == expected
+            families = {family.description.name: family for family in worker.families()}
+            observed = families["flask_usage_request_duration_seconds"].histograms
+            clients = families["flask_usage_client_requests_total"].samples
+            sent = families["flask_usage_response_bytes_total"].samples
+            total = sum(expected.values())
+            assert sum(buckets[-1] for _, buckets, _ in observed) == total
+            assert sum(value for _, value in clients) == total
+            assert sum(value for _, value in sent) == total * 1234
+            worker.close()
+
+
+def test_junk_methods_are_not_remembered() -> None:
+    totals = Totals(Shape(max_series=50), "1")
+    totals.add([make_record(method=f"JUNK{number}") for number in range(1000)], {})
+    totals.add([make_record(country=f"{number:02}") for number in range(1000)], {})
+    assert len(totals._known) == 49
+    assert sum(counts(totals).values()) == 2000
 
 
 class TestSharedRegistry:

@@ -100,6 +100,22 @@ def test_each_sees_the_sum_of_all_and_only_what_changed_is_written(path: Path) -
         file.close()
 
 
+def test_a_visit_tells_what_it_changed_and_what_others_did(path: Path) -> None:
+    one, other = TotalsFile(path), TotalsFile(path)
+    assert one.visit({A: [1], B: [2]}, {}, GAUGES) == ({A: [1], B: [2]}, {})
+    assert one.visit({}, {}, GAUGES) == ({}, {})
+    assert other.visit({A: [10]}, {}, GAUGES, {A: [b"x"]}) == (
+        {A: [11], B: [2]},
+        {A: [b"x"]},
+    )
+    assert one.visit({B: [3]}, {}, GAUGES) == ({A: [11], B: [5]}, {A: [b"x"]})
+    path.unlink()
+    assert other.visit({A: [1]}, {}, GAUGES) == ({A: [12], B: [2]}, {})
+    assert one.visit({}, {}, GAUGES) == ({A: [12], B: [5]}, {A: [b"x"]})
+    for file in (one, other):
+        file.close()
+
+
 def test_sums_are_exact_under_concurrent_visits(path: Path) -> None:
     names = "abcdefgh"
     expected: Counter[str] = Counter()
