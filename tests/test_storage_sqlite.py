@@ -200,6 +200,101 @@ def test_a_batch_is_a_transaction_of_few_statements(storage: SQLStorage) -> None
     assert seen == ["INSERT INTO flask_"] * 6 + ["commit"]
 
 
+def test_what_all_rows_of_a_batch_share_is_a_parameter_once(storage: SQLStorage) -> None:
+    now = datetime.now(timezone.utc)
+    seen: list[tuple[str, tuple[Any, ...]]] = []
+
+    def write(*hosts: str, **fields: Any) -> dict[str, int]:
+        seen.clear()
+        storage.write(batch := [make_record(started_at=now, host=host, **fields) for host in hosts])
+        written.extend(batch)
+        return {host: sum(values.count(host) for _, values in seen) for host in hosts}
+
+    written: list[Any] = []
+    write("first.example")
+    engine = storage.database.reach().engine
+    sa.event.listen(engine, "before_cursor_execute", lambda *event: seen.append(event[2:4]))
+    assert write(*["a.example"] * 16) == {"a.example": 1}
+    assert write(*["a.example"] * 8, *["b.example"] * 8) == {"a.example": 8, "b.example": 8}
+    # What differed once may do so again: the statement stays the same.
+    assert write(*["c.example"] * 16) == {"c.example": 16}
+    last = seen[0][0]
+    assert "username" not in last
+    assert write(*["c.example"] * 16, username="ann") == {"c.example": 16}
+    assert write(*["c.example"] * 16) == {"c.example": 16}
+    assert "username" in seen[0][0]
+    assert list(storage.records()) == written
+    storage.write(written)
+    assert storage.count() == len(written)
+
+
+def test_a_value_that_some_rows_of_a_batch_lack_is_kept(storage: SQLStorage) -> None:
+    now = datetime.now(timezone.utc)
+    batch = [
+        make_record(started_at=now, username=username, bytes_received=size, blueprint=blueprint)
+        for username, size, blueprint in (
+            ("ann", None, None),
+            (None, 0, None),
+            (None, None, "shop"),
+            ("", None, None),
+        )
+    ]
+    storage.write(batch)
+    storage.write(batch[:1])
+    assert list(storage.records()) == batch
+
+
+def test_times_are_stored_in_one_form_and_urls_whole(storage: SQLStorage, file: Path) -> None:
+    moments = [
+        START,
+        START + timedelta(microseconds=1),
+        START.astimezone(timezone(timedelta(hours=2))) + timedelta(microseconds=20),
+        START.astimezone(timezone(timedelta(0), "also UTC")) + timedelta(seconds=1.5),
+        datetime(999, 1, 2, tzinfo=timezone.utc),
+    ]
+    records = [make_record(started_at=moment, root_path="/app") for moment in moments]
+    records += [make_record(started_at=START + timedelta(hours=1.0001), query="")]
+    for record in records:
+        storage.write([record])
+    again = [make_record(started_at=record.started_at) for record in records]
+    storage.write(again)
+    storage.write([*again[1:2], make_record(started_at=moments[1])])
+    with plain(file) as connection:
+        rows = connection.execute("SELECT datetime, url FROM flask_usage ORDER BY id").fetchall()
+    texts = [
+        "2026-11-22 09:00:00.000000",
+        "2026-11-22 09:00:00.000001",
+        "2026-11-22 09:00:00.000020",
+        "2026-11-22 09:00:01.500000",
+        "0999-01-02 00:00:00.000000",
+        "2026-11-22 10:00:00.360000",
+    ]
+    assert [row[0] for row in rows] == [*texts, *texts, texts[1]]
+    assert [row[1] for row in rows[:6]] == [record.url for record in records]
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_time_without_a_zone_is_refused(storage: SQLStorage, others: int) -> None:
+    naive = datetime(2026, 11, 22, 9, 0, 0, 1)  # noqa: DTZ001
+    later = START + timedelta(microseconds=1)
+    for place in range(others + 1):
+        batch = [make_record(started_at=later) for _ in range(others)]
+        batch.insert(place, make_record(started_at=naive))
+        with pytest.raises(ValueError, match="no time zone"):
+            storage.write(batch)
+    assert storage.count() == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("field", ["duration_seconds", "queue_seconds"])
+def test_a_duration_that_is_not_finite_is_refused(
+    storage: SQLStorage, field: str, value: float
+) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        storage.write([make_record(), make_record(**{field: value})])
+    assert storage.count() == 0
+
+
 def test_integers_that_do_not_fit_are_refused(storage: SQLStorage) -> None:
     with pytest.raises(OverflowError):
         storage.write([make_record(bytes_sent=2**63)])

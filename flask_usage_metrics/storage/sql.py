@@ -30,8 +30,8 @@ from flask_usage_metrics.storage.sql_table import (
     describe,
     record_index,
     time_index,
+    to_columns,
     to_record,
-    to_row,
 )
 from flask_usage_metrics.storage.summaries import Summarizer
 
@@ -169,12 +169,12 @@ class SQLStorage(Storage):
         """
         if not batch:
             return
-        rows = [to_row(record) for record in batch]
+        columns = to_columns(batch)
         moments = [record.started_at for record in batch]
         dialect = self.database.reach()
 
         def insert(connection: sa.Connection) -> None:
-            dialect.insert(connection, self._table, rows)
+            dialect.insert(connection, self._table, columns)
             mark_late(self._sums, connection, moments, datetime.now(timezone.utc))
 
         self.database.run(insert, create=True, absent=None)

@@ -31,7 +31,7 @@ from sqlalchemy.schema import CreateTable
 
 from flask_usage_metrics.errors import ConfigError, StorageUnavailable
 from flask_usage_metrics.query import Every
-from flask_usage_metrics.storage.sql_table import Index
+from flask_usage_metrics.storage.sql_table import Columns, Index
 
 BUSY_SECONDS = 5.0
 """How long a lock is waited for."""
@@ -205,15 +205,13 @@ class Dialect(ABC):
     # -- writing and deleting -------------------------------------------------------------------
 
     @abstractmethod
-    def insert(
-        self, connection: sa.Connection, table: sa.Table, rows: Sequence[tuple[Any, ...]]
-    ) -> None:
-        """Insert rows of `sql_table.to_row`; those whose record is there already stay as they are.
+    def insert(self, connection: sa.Connection, table: sa.Table, columns: Columns) -> None:
+        """Insert rows of `sql_table.to_columns`; those whose record is there already stay.
 
         Args:
             connection: In a transaction, in which nothing may have been read yet.
             table: Of `sql_table.describe`.
-            rows: One at least.
+            columns: Of one row at least.
 
         Raises:
             ValueError: A value cannot be kept; nothing more is to be done in the transaction.

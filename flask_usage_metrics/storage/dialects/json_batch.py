@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import msgspec
 
-from flask_usage_metrics.storage.sql_table import COLUMNS, KEY, MOST_KEY_CHARACTERS, to_json
+from flask_usage_metrics.storage.sql_table import (
+    COLUMNS,
+    KEY,
+    MOST_KEY_CHARACTERS,
+    Columns,
+    to_json,
+)
 
 MOST_BYTES = 2_000_000
 """What a text is divided at, unless it is one row: 512 rows of ordinary requests have 0.4 MB."""
@@ -33,41 +39,43 @@ _KINDS = tuple(
     else _TYPES[kind.__visit_name__] | None
     for _, kind, _ in COLUMNS
 )
-_Rows: Any = list[tuple.__class_getitem__(_KINDS)]  # type: ignore[misc]
+_Columns: Any = tuple.__class_getitem__(tuple(map(list.__class_getitem__, _KINDS)))
 
 
-def check(rows: Sequence[tuple[Any, ...]]) -> None:
+def check(columns: Columns) -> None:
     """Refuse what a database would refuse, or MySQL change without a word.
 
     Args:
-        rows: Of `sql_table.to_row`.
+        columns: Of `sql_table.to_columns`.
 
     Raises:
         ValueError: A value is not of its column's kind, or out of its range; the column is named.
     """
     try:
         # All at once: what it makes of the type costs 50 µs each time.
-        msgspec.convert(rows, _Rows)
+        msgspec.convert(columns, _Columns)
     except msgspec.ValidationError as error:
         raise ValueError(_named(str(error))) from None
 
 
-def divided(rows: Sequence[Any]) -> Iterator[bytes]:
-    """Yield rows as JSON arrays, divided where these would be too long.
+def divided(columns: Columns, shape: Callable[[Columns], Any]) -> Iterator[bytes]:
+    """Yield rows as JSON texts, divided where these would be too long.
 
     Args:
-        rows: One at least, each a list or a dict.
+        columns: Of one row at least.
+        shape: Returns what is to be a JSON text.
 
     Raises:
         ValueError: A text is no Unicode.
     """
-    encoded = to_json(rows)
-    if len(encoded) <= MOST_BYTES or len(rows) == 1:
+    encoded = to_json(shape(columns))
+    count = len(columns[0])
+    if len(encoded) <= MOST_BYTES or count == 1:
         yield encoded
         return
-    middle = len(rows) // 2
-    yield from divided(rows[:middle])
-    yield from divided(rows[middle:])
+    middle = count // 2
+    yield from divided([column[:middle] for column in columns], shape)
+    yield from divided([column[middle:] for column in columns], shape)
 
 
 def without_nul(batch: bytes) -> bytes:
@@ -88,6 +96,6 @@ def _cleaned(value: Any) -> Any:
 
 def _named(message: str) -> str:
     """Return msgspec's message, which holds no value, with the column instead of its position."""
-    what, _, place = message.partition(" - at `$")
-    position = place.rpartition("[")[2].rstrip("]`")
+    what, _, place = message.partition(" - at `$[")
+    position = place.partition("]")[0]
     return f"{COLUMNS[int(position)][0]}: {what}" if position.isdecimal() else what

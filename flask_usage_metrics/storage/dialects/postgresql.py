@@ -14,7 +14,7 @@ from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.query import Every
 from flask_usage_metrics.storage.dialects import BUSY_SECONDS, Dialect, Fault
 from flask_usage_metrics.storage.dialects.json_batch import check, divided, without_nul
-from flask_usage_metrics.storage.sql_table import COLUMN_NAMES, Filled, to_json
+from flask_usage_metrics.storage.sql_table import COLUMN_NAMES, Columns, Filled, to_json
 
 CONNECT_SECONDS = 10
 """How long a server that does not answer is waited for; libpq would do so for minutes."""
@@ -53,8 +53,9 @@ _PHRASES = (
 class PostgreSQL(Dialect):
     """Types are strict, and a NUL is in no text: it is left out.
 
-    A batch is one statement with one JSON parameter: 9 µs of CPU a row in batches of 1000, all
-    told, where SQLAlchemy's insert() alone costs 30 and gives the GIL away once a row.
+    A batch is one statement with one JSON parameter, an array a column: 4 µs of CPU a row in
+    batches of 512, and 12 of the server's. An object a row costs 6 and 17, COPY into a temporary
+    table 5 and 10; SQLAlchemy's insert() costs 30, and gives the GIL away once a row.
 
     What is deleted leaves its bytes until a VACUUM, and until the space is used again.
     """
@@ -142,30 +143,36 @@ class PostgreSQL(Dialect):
 
     # -- writing --------------------------------------------------------------------------------
 
-    def insert(
-        self, connection: sa.Connection, table: sa.Table, rows: Sequence[tuple[Any, ...]]
-    ) -> None:
-        """Insert rows as one JSON parameter."""
-        check(rows)
-        filled = self._filled.with_rows(rows)
-        columns = tuple(compress(COLUMN_NAMES, filled))
-        statement = self._inserts.get(columns)
+    def insert(self, connection: sa.Connection, table: sa.Table, columns: Columns) -> None:
+        """Insert rows as one JSON parameter: an array of the values of each column."""
+        check(columns)
+        filled = self._filled.with_rows(columns)
+        names = tuple(compress(COLUMN_NAMES, filled))
+        statement = self._inserts.get(names)
         if statement is None:
-            statement = self._inserts[columns] = self._insert(table, columns)
-        for batch in divided(
-            [dict(zip(columns, compress(row, filled), strict=True)) for row in rows]
-        ):
+            statement = self._inserts[names] = self._insert(table, names)
+        for batch in divided(list(compress(columns, filled)), list):
             connection.execute(statement, {"batch": without_nul(batch).decode()})
 
     def _insert(self, table: sa.Table, columns: Sequence[str]) -> sa.TextClause:
         quote = self.engine.dialect.identifier_preparer.quote
         names = ", ".join(map(quote, columns))
-        types = ", ".join(f"{quote(name)} {self.type_of(table.c[name])}" for name in columns)
+        values = ", ".join(
+            f"v{position}"
+            if isinstance(table.c[name].type, sa.String)
+            else f"CAST(v{position} AS {self.type_of(table.c[name])})"
+            for position, name in enumerate(columns)
+        )
+        arrays = ", ".join(
+            f"jsonb_array_elements_text(given.batch -> {position})"
+            for position in range(len(columns))
+        )
+        aliases = ", ".join(f"v{position}" for position in range(len(columns)))
         # Compared by the id alone: another rule of the table may refuse a record, and says so.
         return sa.text(
-            f"INSERT INTO {self._in_text(table)} ({names}) SELECT {names} "
-            f"FROM jsonb_to_recordset(CAST(:batch AS jsonb)) AS r({types}) "
-            "ON CONFLICT (record_id) DO NOTHING"
+            f"INSERT INTO {self._in_text(table)} ({names}) SELECT {values} "
+            "FROM (SELECT CAST(:batch AS jsonb) AS batch) AS given, "
+            f"ROWS FROM ({arrays}) AS r ({aliases}) ON CONFLICT (record_id) DO NOTHING"
         )
 
     # -- expressions ----------------------------------------------------------------------------
