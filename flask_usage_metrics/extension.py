@@ -126,7 +126,8 @@ class TrackUsage:
             )
         settings = configuration.read(app.config)
         faults = Faults()
-        collector = collector_of(self._registry, settings.shape, own_version())
+        own = own_version()
+        collector = collector_of(self._registry, settings.shape, own)
         locator = make_locator(
             settings.country,
             trusted_proxies=bool(settings.trusted_proxies),
@@ -156,7 +157,7 @@ class TrackUsage:
             policy=policy,
         )
         traces = make_traces(
-            app, settings, self._tracer_provider, enricher, version=own_version(), faults=faults
+            app, settings, self._tracer_provider, enricher, version=own, faults=faults
         )
         to_write = writers if traces is None else [*writers, traces.writer]
         sinks = make_sinks(

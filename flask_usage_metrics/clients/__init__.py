@@ -36,7 +36,7 @@ class Client(msgspec.Struct, frozen=True):
 def describe(user_agent: str | None) -> Client:
     """Tell who sent a request.
 
-    The first call for a person's browser may take 0.2 s, when ua-parser loads its rules.
+    The first call for a person's browser may take 50 ms, when ua-parser loads its rules.
 
     Args:
         user_agent: The User-Agent header; its first 512 characters are looked at. None or blank:
