@@ -1,10 +1,7 @@
 """What the worker spends on a record between its capture and its storage, part by part.
 
-    pip install -e '.[country]'
-    python tests/benchmarks/enrichment.py
-
-Microseconds of CPU time a record, with warm caches: 50 addresses, 20 user agents. The parts are
-timed in turns in one process; shown are the least and the median of the rounds.
+Microseconds of CPU time, with warm caches: 50 addresses, 20 user agents. The parts are timed in
+turns in one process; told is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -18,8 +15,6 @@ from statistics import median
 from time import process_time, time, time_ns
 from typing import Any
 
-from variants import requests
-
 from flask_usage_metrics import clients
 from flask_usage_metrics.address import TrustedProxies, normalise
 from flask_usage_metrics.country import make_locator
@@ -31,37 +26,44 @@ from flask_usage_metrics.pseudonyms import Pseudonyms
 from flask_usage_metrics.state import State
 from flask_usage_metrics.visitors import VisitorIds
 
-RECORDS = 5_000
-ROUNDS = 15
+from .report import Figure
+from .variants import requests
+
+PRESET = "full"
+"""The default, which the others are compared to."""
 
 
-def observations() -> list[Observation]:
-    """Return what was captured of a hundred requests."""
+def measure(quick: bool) -> list[Figure]:
+    """Return what each part takes, and the whole of it by how private records are."""
+    records, rounds = (500, 3) if quick else (5_000, 15)
+    with tempfile.TemporaryDirectory() as folder:
+        parts, wholes = work(Path(folder, "state"))
+        took: dict[str, list[float]] = {name: [] for name in (*parts, *wholes)}
+        for _ in range(rounds):
+            for name, (do, given) in (parts | wholes).items():
+                todo = list(islice(cycle(given), records))
+                gc.collect()
+                start = process_time()
+                for item in todo:
+                    do(item)
+                took[name].append((process_time() - start) / records * 1e6)
     return [
-        Observation(
-            time_ns(),
-            1_000_000,
-            number,
-            environ_texts(environ.get),
-            None,
-            "hello",
-            "/hello/<name>",
-            b'{"name":"visitor1"}',
-            200,
-            None,
-            5,
-            False,
-            "ann",
-            None,
-        )
-        for number, environ in enumerate(requests())
+        *(Figure("enriching a record, CPU", name, median(took[name]), "µs") for name in parts),
+        *(
+            Figure("enriching a record, whole, CPU", name, median(took[name]), "µs", against=PRESET)
+            for name in wholes
+        ),
     ]
 
 
-def main() -> None:
+Work = dict[str, tuple[Callable[[Any], object], list[Any]]]
+"""What is done, and with what in turns, by name."""
+
+
+def work(home: Path) -> tuple[Work, Work]:
+    """Return the parts, and the whole for each preset of privacy."""
     faults = Faults()
-    state = State([Path(tempfile.mkdtemp(), "state")], "shop")
-    visitors = VisitorIds(state, "shop 0", faults)
+    visitors = VisitorIds(State([home], "shop"), "shop 0", faults)
     locator = make_locator(
         "auto",
         trusted_proxies=False,
@@ -78,13 +80,14 @@ def main() -> None:
             now, environ["REMOTE_ADDR"], environ["HTTP_USER_AGENT"], environ["HTTP_HOST"]
         )
 
-    parts: dict[str, tuple[Callable[[Any], object], list[Any]]] = {
+    parts: Work = {
         "address": (lambda environ: normalise(environ["REMOTE_ADDR"]), asked),
         "country": (lambda environ: locator.locate(environ["REMOTE_ADDR"], (), False), asked),
         "visitor": (identify, asked),
         "user agent": (lambda environ: clients.describe(environ["HTTP_USER_AGENT"]), asked),
         "language": (lambda environ: clients.language(environ["HTTP_ACCEPT_LANGUAGE"]), asked),
     }
+    wholes: Work = {}
     for preset in PRESETS:
         policy = Policy(preset, (), respects_refusals=True, pseudonyms=Pseudonyms(lambda: [b"key"]))
         enricher = Enricher(
@@ -102,24 +105,28 @@ def main() -> None:
         ) -> object:
             return enricher.enrich(seen, origin)
 
-        parts[f"the whole record, {preset}"] = enrich, observations()
-
-    took: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(ROUNDS):
-        for name, (work, given) in parts.items():
-            todo = list(islice(cycle(given), RECORDS))
-            gc.collect()
-            start = process_time()
-            for item in todo:
-                work(item)
-            took[name].append((process_time() - start) / RECORDS * 1e6)
-    print(f"{'µs a record':28} {'least':>7} {'median':>7}")
-    for name, times in took.items():
-        print(f"{name:28} {min(times):7.2f} {median(times):7.2f}")
-    five = list(parts)[:5]
-    least, middle = (sum(how(took[name]) for name in five) for how in (min, median))
-    print(f"{'these five together':28} {least:7.2f} {middle:7.2f}")
+        wholes[preset] = enrich, observations()
+    return parts, wholes
 
 
-if __name__ == "__main__":
-    main()
+def observations() -> list[Observation]:
+    """Return what was captured of a hundred requests."""
+    return [
+        Observation(
+            time_ns(),
+            1_000_000,
+            number,
+            environ_texts(environ, ()),
+            None,
+            "hello",
+            "/hello/<name>",
+            b'{"name":"visitor1"}',
+            200,
+            None,
+            5,
+            False,
+            "ann",
+            None,
+        )
+        for number, environ in enumerate(requests())
+    ]

@@ -1,36 +1,89 @@
-r"""How many machine instructions a request costs, by variant: steadier than any clock.
-
-    pip install -e '.[country]' prometheus-flask-exporter \
-        opentelemetry-instrumentation-flask opentelemetry-sdk
-    python tests/benchmarks/instructions.py                     # needs valgrind, too; 3 minutes
-    python tests/benchmarks/instructions.py --variants bare capture --requests 500 1500
+"""Machine instructions a request, by variant: steadier than any clock.
 
 Each variant runs in two fresh processes that differ in the number of requests only. The slope
 between the two is free of start-up, warm-up and exit. It holds the work of all threads. What is
-buffered is folded after each ``--batch`` requests: 500 is half a second at 1 000 requests a second.
+buffered is folded after each `BATCH` requests: half a second at 1 000 requests a second.
 
 Counts of the same code differ by up to 1 %, since what shares a slot of the interpreter's caches
-depends on where in memory it lies. So a saving below 4 000 is better measured on its own.
+depends on where in memory it lies. So each is the median of several layouts of the memory.
+
+    python -m tests.benchmarks.instructions capture all-in    # these variants only
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from statistics import median
 
-from variants import VARIANTS
+from .report import Figure, table
+from .variants import VARIANTS
 
-LOOP = str(Path(__file__).with_name("variants.py"))
+BATCH = 500
+
+WHAT = "instructions a request"
+BARE = "bare"
+PEER = "prometheus-flask-exporter"
+
+AIMS = {"capture": 30_000, "capture-journaled": 45_000, "all-in": 90_000}
+"""Over bare Flask, at most."""
 
 
-def run(variant: str, requests: int, batch: int, *under: str) -> str:
+QUICK = (BARE, "capture-journaled")
+
+
+def measure(quick: bool, variants: Sequence[str] = ()) -> list[Figure]:
+    """Return what each variant costs, and what it costs over bare Flask."""
+    if shutil.which("valgrind") is None:
+        raise SystemExit("instructions: valgrind is missing (apt install valgrind)")
+    few, many, layouts = (20, 40, 1) if quick else (500, 1000, 3)
+    variants = variants or (QUICK if quick else tuple(VARIANTS))
+    for variant in variants:
+        # Tells at once what does not work, and leaves .pyc files, so that no run compiles any.
+        run(variant, 10, 0)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        counts = {
+            (variant, layout, requests): pool.submit(instructions, variant, requests, layout)
+            for layout in range(layouts)
+            for variant in variants
+            for requests in (few, many)
+        }
+
+    def slope(variant: str, layout: int) -> float:
+        more, less = (counts[variant, layout, requests].result() for requests in (many, few))
+        return (more - less) / (many - few)
+
+    costs = {
+        variant: median(slope(variant, layout) for layout in range(layouts)) for variant in variants
+    }
+    if BARE not in costs:
+        return [Figure(WHAT, variant, cost, "") for variant, cost in costs.items()]
+    base = costs[BARE]
+    whole = [Figure(WHAT, variant, cost, "", against=BARE) for variant, cost in costs.items()]
+    over = [
+        Figure(
+            f"{WHAT} over {BARE}",
+            variant,
+            cost - base,
+            "",
+            against=PEER if PEER in costs else None,
+            aim=f"<= {AIMS[variant]:,}" if variant in AIMS else "",
+        )
+        for variant, cost in costs.items()
+        if variant != BARE
+    ]
+    return whole + over
+
+
+def run(variant: str, requests: int, layout: int, *under: str) -> str:
     """Answer some requests in a process of its own and return what it wrote to stderr."""
-    command = [*under, sys.executable, LOOP, variant, str(requests), "--batch", str(batch)]
+    module = [sys.executable, "-m", "tests.benchmarks.variants"]
+    command = [*under, *module, variant, str(requests), f"--batch={BATCH}", f"--layout={layout}"]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -38,10 +91,10 @@ def run(variant: str, requests: int, batch: int, *under: str) -> str:
     return done.stderr
 
 
-def instructions(variant: str, requests: int, batch: int) -> int:
+def instructions(variant: str, requests: int, layout: int) -> int:
     """Return the instructions of a whole process."""
     told = run(
-        variant, requests, batch, "valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"
+        variant, requests, layout, "valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"
     )
     collected = re.search(r"Collected : (\d+)", told)
     if collected is None:
@@ -49,40 +102,5 @@ def instructions(variant: str, requests: int, batch: int) -> int:
     return int(collected[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--requests", type=int, nargs=2, default=(1000, 2000), metavar="N")
-    parser.add_argument("--batch", type=int, default=500, help="requests between two folds")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
-    given = parser.parse_args()
-    few, many = sorted(given.requests)
-    if few == many:
-        parser.error("a slope takes two different numbers of requests")
-
-    for variant in given.variants:
-        # Tells at once what does not work, and leaves .pyc files, so that no run compiles any.
-        run(variant, 10, given.batch)
-    with ThreadPoolExecutor(given.jobs) as pool:
-        counts = {
-            (variant, requests): pool.submit(instructions, variant, requests, given.batch)
-            for variant in given.variants
-            for requests in (few, many)
-        }
-    costs = {
-        variant: (counts[variant, many].result() - counts[variant, few].result()) / (many - few)
-        for variant in given.variants
-    }
-
-    base = costs.get("bare")
-    print("| variant | instructions a request | over bare | times bare |")
-    print("|---|--:|--:|--:|")
-    for variant, cost in costs.items():
-        over, ratio = (f"{cost - base:+,.0f}", f"{cost / base:.2f}") if base else ("", "")
-        print(f"| {variant} | {cost:,.0f} | {over} | {ratio} |")
-
-
 if __name__ == "__main__":
-    main()
+    print(table(measure(quick=False, variants=sys.argv[1:])))

@@ -1,6 +1,6 @@
 """The set-ups that are compared, each answering the same requests: one variant a process.
 
-    PYTHONHASHSEED=0 python variants.py all-in 1000
+    PYTHONHASHSEED=0 python -m tests.benchmarks.variants all-in 1000
 
 answers a thousand requests and leaves without cleaning up; `instructions.py` counts what that took.
 """
@@ -27,6 +27,9 @@ Flush = Callable[[], object]
 # Longer than any run: what is buffered is folded when `flush` is called, not by the clock, which a
 # simulated processor is fifty times too slow for.
 NEVER_SECONDS = 1e6
+
+NOWHERE = "/proc/nowhere"
+"""A folder that cannot be made: without it there is no journal."""
 
 USER_AGENTS = (
     *(
@@ -69,6 +72,12 @@ def hooks(app: Flask, batch: int) -> Flush | None:
 
 def capture(app: Flask, batch: int) -> Flush | None:
     """What we cost on the request's own thread: everything is captured, nothing is folded."""
+    track_usage(app, [], TRACK_USAGE_STATE_DIR=NOWHERE, TRACK_USAGE_BUFFER_RECORDS=1_000_000)
+    return None
+
+
+def capture_journaled(app: Flask, batch: int) -> Flush | None:
+    """As `capture`, and on disk by then, so that it survives a kill."""
     track_usage(app, [], TRACK_USAGE_BUFFER_RECORDS=1_000_000)
     return None
 
@@ -94,9 +103,11 @@ def track_usage(
 
     # A folder of its own: what one run leaves, the next of the same app would take up.
     app.config.from_mapping(
-        TRACK_USAGE_FLUSH_SECONDS=NEVER_SECONDS,
-        TRACK_USAGE_STATE_DIR=tempfile.mkdtemp(),
-        **settings,
+        {
+            "TRACK_USAGE_FLUSH_SECONDS": NEVER_SECONDS,
+            "TRACK_USAGE_STATE_DIR": tempfile.mkdtemp(),
+            **settings,
+        }
     )
     registry = CollectorRegistry()
     return TrackUsage(app, storage, registry=registry, tracer_provider=tracer_provider)
@@ -177,6 +188,7 @@ VARIANTS: dict[str, Callable[[Flask, int], Flush | None]] = {
     "bare": bare,
     "hooks": hooks,
     "capture": capture,
+    "capture-journaled": capture_journaled,
     "metrics-only": metrics_only,
     "all-in": all_in,
     "prometheus-flask-exporter": prometheus_flask_exporter,
@@ -243,7 +255,9 @@ def main() -> None:
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("requests", type=int)
     parser.add_argument("--batch", type=int, default=500)
+    parser.add_argument("--layout", type=int, default=0, help="another one of the memory")
     given = parser.parse_args()
+    ballast = [f"ballast {number}" for number in range(997 * given.layout)]
 
     app = Flask("shop")
     app.add_url_rule("/hello/<name>", "hello", lambda name: "hello")
@@ -257,6 +271,7 @@ def main() -> None:
             serve(app, environ)
         if flush is not None and flush() is False:
             raise RuntimeError("not all was written")
+    del ballast
     # No clean-up: it would fold what `capture` leaves in the buffer.
     os._exit(0)
 
