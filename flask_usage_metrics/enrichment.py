@@ -83,7 +83,7 @@ class Enricher:
     """Makes records of one app's observations; for one caller at a time.
 
     Many requests ask for the same, and a client asks for much: what is made of these texts is
-    remembered, which takes three quarters off the cost of a record.
+    remembered, which takes nearly half off the cost of a record.
 
     Args:
         app: Name of the app.

@@ -34,7 +34,7 @@ _STEP_SECONDS = 0.0002
 gains anything, and makes the worker fall behind sooner."""
 
 _STEP_ITEMS = 4
-"""How often it looks at the clock, which costs 500 instructions."""
+"""How often it looks at the clock, which costs 400 instructions."""
 
 _PAUSE_SECONDS = 0.00005
 """Not 0: that may give the interpreter back to the worker at once."""
