@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from time import perf_counter_ns, time_ns
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,23 +21,24 @@ from werkzeug.wsgi import ClosingIterator, FileWrapper
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.observation import (
     MAX_JSON_BYTES,
+    Extras,
     Observation,
     encode_json,
     environ_texts,
 )
+from flask_usage_metrics.particulars import Inquirer, Particulars
+from flask_usage_metrics.response_head import LENGTHS, STATUSES
 from flask_usage_metrics.scope import Scope
 from flask_usage_metrics.track_var import TRACK_VAR
-from flask_usage_metrics.users import Users
-from flask_usage_metrics.visitor_cookie import VisitorCookie
+from flask_usage_metrics.visitor_cookie import Headers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-    from werkzeug.routing import Rule
 
-    from flask_usage_metrics.tracing import RequestTrace, Tracing
-
-Headers = list[tuple[str, str]]
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType]
+
+_PROXY_FIX = "werkzeug.proxy_fix.orig"
+"""Where Werkzeug's middleware leaves what it has replaced."""
 
 
 class Capture:
@@ -52,9 +53,7 @@ class Capture:
         submit: Takes the observation; called in the request's thread when its last byte is handed
             to the server.
         lose: Called instead where none could be made.
-        users: Who knows who makes a request.
-        cookie: What tells visitors apart; None: nothing does.
-        tracing: Who makes spans of requests; None: nobody does.
+        inquirer: Finds out what else the app asks for.
         headers: WSGI names of further headers that are kept.
         faults: Where failures of our own are reported.
     """
@@ -67,9 +66,7 @@ class Capture:
         begin: Callable[[bool, bool], Callable[[], None] | None],
         submit: Callable[[Observation], None],
         lose: Callable[[], None],
-        users: Users,
-        cookie: VisitorCookie | None,
-        tracing: Tracing | None,
+        inquirer: Inquirer,
         headers: tuple[str, ...],
         faults: Faults,
     ) -> None:
@@ -77,17 +74,14 @@ class Capture:
         self._begin = begin
         self._has_begun = False
         self._notice: Callable[[], None] | None = None
-        self.asks = cookie is not None or tracing is not None
+        self._inquires = False
         self.submit = submit
         self.lose = lose
-        self.users = users
-        self.cookie = cookie
-        self.tracing = tracing
+        self.inquirer = inquirer
         self.headers = headers
         self.faults = faults
         self.key = f"flask_usage_metrics.{id(self)}"
         self.live: set[Exchange] = set()
-        self.sequence = count()
         self._app = app
         self._wsgi_app: WSGIApplication = app.wsgi_app
         got_request_exception.connect(self._on_exception, app)
@@ -95,25 +89,29 @@ class Capture:
             # What is between us and Flask may hold start_response back until the context is gone.
             request_finished.connect(self._on_finished, app)
 
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer a request as the app does (PEP 3333)."""
-        if self.key in environ:
-            if environ[self.key].is_of(environ):  # the app called itself with the same request
+    def wsgi_app(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer a request as the app does (PEP 3333).
+
+        Not ``__call__``: to call an object as a function costs 650 instructions more.
+        """
+        key = self.key
+        if key in environ:
+            if environ[key].is_of(environ):  # the app called itself with the same request
                 return self._wsgi_app(environ, start_response)
             environ.pop(TRACK_VAR, None)  # a nested request, made from a copy of the outer one
         exchange = Exchange(self, environ, start_response)
-        environ[self.key] = exchange
+        environ[key] = exchange
         self.live.add(exchange)
         if not self._has_begun:
             self._get_ready(environ)
         if self._notice is not None:
             self._notice()
-        trace = exchange.begin_trace() if self.tracing is not None else None
         try:
-            if trace is None:
-                body = self._wsgi_app(environ, exchange.start_response)
+            if self._inquires:
+                particulars = exchange.inquire(environ)
+                body = particulars.run(self._wsgi_app, environ, exchange.start_response)
             else:
-                body = trace.run(self._wsgi_app, environ, exchange.start_response)
+                body = self._wsgi_app(environ, exchange.start_response)
         except BaseException as error:
             exchange.fail(error)
             raise
@@ -135,7 +133,7 @@ class Capture:
         # further ado.
         software = str(environ.get("SERVER_SOFTWARE", ""))
         # So late, for the app may have been given Flask-Login after us.
-        self.asks = self.asks or self.users.are_known
+        self._inquires = self.inquirer.is_needed()
         try:
             self._notice = self._begin(multiprocess, multiprocess and software[:9] == "Werkzeug/")
         except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
@@ -176,17 +174,14 @@ class Exchange:
         "_clock",
         "_environ",
         "_expected",
-        "_given",
-        "_names",
         "_next",
+        "_particulars",
+        "_ready",
         "_request",
         "_sent",
         "_start_response",
         "_started_ns",
         "_status",
-        "_taken",
-        "_trace",
-        "_visitor",
         "_write",
         "exception",
     )
@@ -200,22 +195,17 @@ class Exchange:
         self._environ: WSGIEnvironment | None = environ
         self._start_response = start_response
         self._request: Request | None = None
-        self._names: tuple[str | None, str | None] | None = None
-        self._visitor: str | None = None
-        self._given: str | None = None
-        self._trace: RequestTrace | None = None
+        self._particulars: Particulars | None = None
         self._status = ""
         self._expected: int | None = None
         self._sent = 0
-        self._taken: tuple[bytes, ...] | None = None
+        self._ready: Iterator[bytes] | None = None
         self.exception: str | None = None
 
-    def begin_trace(self) -> RequestTrace | None:
-        """Join or start the request's span."""
-        tracing, environ = self._capture.tracing, self._environ
-        if tracing is not None and environ is not None:
-            self._trace = tracing.begin(environ, self._started_ns)
-        return self._trace
+    def inquire(self, environ: WSGIEnvironment) -> Particulars:
+        """Begin to find out what the app asks for."""
+        self._particulars = Particulars(self._capture.inquirer, environ, self._started_ns)
+        return self._particulars
 
     # ---------------------------------------------------------------- what Flask tells
 
@@ -229,19 +219,19 @@ class Exchange:
         self._status = status
         self._expected = None
         for name, value in headers:
-            if len(name) == 14 and name.lower() == "content-length":
-                self._expected = _NUMBERS[value]
+            # Mostly it is spelled so, and no call needed.
+            if len(name) == 14 and (name == "Content-Length" or name.lower() == "content-length"):
+                self._expected = LENGTHS[value]
                 break
         environ = self._environ
         if environ is not None:
-            learned = environ.get("werkzeug.request")
-            if isinstance(learned, Request):  # Werkzeug's test client leaves one of its own there
-                self._request = learned
-                if self._capture.asks:
-                    self.learn(learned)
-                    self._greet(environ, headers)
-            if self._given is not None:
-                headers = [*headers, VisitorCookie.header(self._given, environ)]
+            if "werkzeug.request" in environ:
+                learned = environ["werkzeug.request"]
+                # Werkzeug's test client leaves one of its own there.
+                if isinstance(learned, Request):
+                    self._request = learned
+            if self._particulars is not None:
+                headers = self._inform(self._particulars, environ, headers)
         if exc_info is None:
             self._write = self._start_response(status, headers)
         else:
@@ -256,25 +246,18 @@ class Exchange:
     def learn(self, learned: Request) -> None:
         """Take what can be known only while the request's context lives."""
         self._request = learned
-        users = self._capture.users
-        if self._names is None and users.are_known and self.is_tracked():
-            self._names = users.ask()
-        trace = self._trace
-        if trace is not None and self._environ is not None and self.is_tracked():
-            rule = learned.url_rule
-            trace.learn(self._environ, None if rule is None else rule.endpoint)
+        particulars, environ = self._particulars, self._environ
+        if particulars is not None and environ is not None and self.is_tracked():
+            particulars.learn(learned, environ)
 
-    def _greet(self, environ: WSGIEnvironment, headers: Headers) -> None:
-        """Recognise the visitor by the cookie, or choose one to be given with these headers."""
-        cookie = self._capture.cookie
-        if cookie is None or self._visitor is not None or not self.is_tracked():
-            return
-        try:
-            self._visitor = cookie.read(environ)
-            if self._visitor is None:
-                self._visitor = self._given = cookie.choose(environ, headers)
-        except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
-            self._capture.faults.report("cookie", error, "a visitor is not recognised")
+    def _inform(
+        self, particulars: Particulars, environ: WSGIEnvironment, headers: Headers
+    ) -> Headers:
+        """Have all that is asked for found out; return the headers of the response."""
+        if self._request is not None and self.is_tracked():
+            particulars.learn(self._request, environ)
+            particulars.greet(environ, headers)
+        return particulars.headers(headers, environ)
 
     # ---------------------------------------------------------------- what the server takes
 
@@ -301,32 +284,36 @@ class Exchange:
         else:
             chunks = body
         self._body = body
-        self._next = chunks.__next__
-        if self._trace is not None:
-            self._next = partial(self._trace.run, self._next)
-        if self._expected is None:
+        proceed = chunks.__next__
+        if self._particulars is not None:
+            proceed = partial(self._particulars.run, proceed)
+        self._next = proceed
+        expected = self._expected
+        if expected is None:
             return self
         try:
-            chunk = self._next()
+            chunk = proceed()
         except StopIteration:
-            self._taken = ()
+            self._ready = iter(())
             self.finish()
         except BaseException as error:
             self.fail(error)
             self.close()
             raise
         else:
-            self._taken = (chunk,)
-            self._sent += len(chunk)
-            if self._sent >= self._expected:
+            sent = self._sent + len(chunk)
+            self._sent = sent
+            self._ready = iter((chunk,))
+            if sent >= expected:
                 self.finish()
         return self
 
     def __iter__(self) -> Iterator[bytes]:
-        taken, self._taken = self._taken, None
-        if taken is None:
+        ready = self._ready
+        if ready is None:
             return self
-        return iter(taken) if self._environ is None else chain(taken, self)
+        self._ready = None
+        return ready if self._environ is None else chain(ready, self)
 
     def __next__(self) -> bytes:
         try:
@@ -350,12 +337,14 @@ class Exchange:
         """End the exchange, whether or not all was sent."""
         if self._environ is not None:
             self.finish()
-        close = getattr(self._body, "close", None)
-        if close is not None:
-            if self._trace is None:
-                close()
-            else:
-                self._trace.run(close)
+        try:
+            close = self._body.close  # type: ignore[attr-defined]
+        except AttributeError:
+            return
+        if self._particulars is None:
+            close()
+        else:
+            self._particulars.run(close)
 
     # ---------------------------------------------------------------- the end, once
 
@@ -387,13 +376,39 @@ class Exchange:
         duration_ns = perf_counter_ns() - self._clock
         capture = self._capture
         try:
-            learned = self._request
-            if learned is None:
-                learned = capture.match(environ)
-            rule = None if learned is None else learned.url_rule
-            endpoint = None if rule is None else rule.endpoint
-            if capture.scope.tracks(endpoint, environ):
-                capture.submit(self._observe(environ, duration_ns, learned, rule))
+            learned = self._request or capture.match(environ)
+            matched = None if learned is None else learned.url_rule
+            endpoint = None if matched is None else matched.endpoint
+            scope = capture.scope
+            # The first for speed: a call less.
+            if endpoint in scope.tracked or scope.tracks(endpoint, environ):
+                view_args = extras = None
+                if learned is not None and learned.view_args:
+                    view_args = encode_json(learned.view_args)
+                    if len(view_args) > MAX_JSON_BYTES:
+                        view_args = None
+                        self._leave_out("view_args")
+                if (
+                    self._particulars is not None
+                    or self.exception is not None
+                    or "HTTP_AUTHORIZATION" in environ
+                    or TRACK_VAR in environ
+                    or _PROXY_FIX in environ
+                ):
+                    extras = self._extras(environ, learned)
+                capture.submit(
+                    Observation(
+                        self._started_ns,
+                        duration_ns,
+                        environ_texts(environ, capture.headers),
+                        endpoint,
+                        None if matched is None else matched.rule,
+                        view_args,
+                        STATUSES[self._status],
+                        self._sent,
+                        extras,
+                    )
+                )
         except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
             capture.faults.report("capture", error, "a request was not counted")
             capture.lose()
@@ -402,58 +417,29 @@ class Exchange:
             # A cycle through the environ would keep every request until the garbage collector.
             self._environ = self._request = None
 
-    def _observe(
-        self,
-        environ: WSGIEnvironment,
-        duration_ns: int,
-        learned: Request | None,
-        rule: Rule | None,
-    ) -> Observation:
-        capture = self._capture
-        peer = endpoint = path = view_args = username = consumer = track_var = None
+    def _extras(self, environ: WSGIEnvironment, learned: Request | None) -> Extras:
+        peer = username = consumer = track_var = visitor = trace = None
         authorization = False
-        if rule is not None:
-            endpoint, path = rule.endpoint, rule.rule
-        if learned is not None:
-            if learned.view_args:
-                view_args = self._json("view_args", learned.view_args)
-            if "HTTP_AUTHORIZATION" in environ:
-                authorization, username = capture.users.authorized(learned)
-        if self._names is not None:
-            known, consumer = self._names
-            username = username if known is None else known
-        if "werkzeug.proxy_fix.orig" in environ:
-            peer = (environ["werkzeug.proxy_fix.orig"] or {}).get("REMOTE_ADDR")
+        if learned is not None and "HTTP_AUTHORIZATION" in environ:
+            authorization, username = self._capture.inquirer.users.authorized(learned)
+        if self._particulars is not None:
+            known = self._particulars
+            consumer, visitor, trace = known.consumer, known.visitor, known.end_trace()
+            username = username if known.username is None else known.username
+        if _PROXY_FIX in environ:
+            peer = (environ[_PROXY_FIX] or {}).get("REMOTE_ADDR")
         if TRACK_VAR in environ:
-            track_var = self._json("track_var", environ[TRACK_VAR])
-        number = next(capture.sequence)
-        return Observation(
-            self._started_ns,
-            duration_ns,
-            number,
-            environ_texts(environ, capture.headers),
-            peer,
-            endpoint,
-            path,
-            view_args,
-            _NUMBERS[self._status[:3]] or 0,
-            self.exception,
-            self._sent,
-            authorization,
-            username,
-            track_var,
-            self._visitor,
-            consumer,
-            None if self._trace is None else self._trace.end(number),
+            track_var = encode_json(environ[TRACK_VAR])
+            if len(track_var) > MAX_JSON_BYTES:
+                track_var = None
+                self._leave_out("track_var")
+        return Extras(
+            peer, self.exception, authorization, username, track_var, visitor, consumer, trace
         )
 
-    def _json(self, what: str, value: dict[str, Any]) -> bytes | None:
-        encoded = encode_json(value)
-        if len(encoded) <= MAX_JSON_BYTES:
-            return encoded
+    def _leave_out(self, what: str) -> None:
         error = f"larger than {MAX_JSON_BYTES} bytes as JSON"
         self._capture.faults.report(what, error, "it is left out of a record")
-        return None
 
 
 def _is_file(body: Iterable[bytes], environ: WSGIEnvironment) -> bool:
@@ -463,22 +449,3 @@ def _is_file(body: Iterable[bytes], environ: WSGIEnvironment) -> bool:
         return True
     # uWSGI's wrapper is a function that returns the file object it was given.
     return wrapper is not None and hasattr(body, "read")
-
-
-class _Numbers(dict[str, "int | None"]):
-    """By a text, the number it is; None if it is none.
-
-    At 440 instructions, where `int` costs 1 130 and `lru_cache` 710.
-    """
-
-    def __missing__(self, text: str) -> int | None:
-        number = int(text) if text.isdecimal() and text.isascii() else None
-        if len(self) < _MOST_NUMBERS and len(text) < _MOST_DIGITS:
-            self[text] = number
-        return number
-
-
-_MOST_NUMBERS = 4096
-_MOST_DIGITS = 16
-
-_NUMBERS = _Numbers()

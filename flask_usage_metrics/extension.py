@@ -22,6 +22,7 @@ from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.exposition import Exposition
 from flask_usage_metrics.faults import Faults
 from flask_usage_metrics.journal import Journal
+from flask_usage_metrics.particulars import Inquirer
 from flask_usage_metrics.pipeline import Pipeline
 from flask_usage_metrics.privacy import Policy
 from flask_usage_metrics.scope import Marks, Scope
@@ -177,7 +178,6 @@ class TrackUsage:
             visitor_keys=visitors.keys,
             tally=visitors.tally,
             totals=collector.totals,
-            live=None if traces is None else traces.live,
             spans=None if traces is None else sinks[-1],
             sinks=sinks,
             flush_seconds=settings.flush_seconds,
@@ -199,14 +199,17 @@ class TrackUsage:
             begin=_begin(pipeline),
             submit=pipeline.submit,
             lose=pipeline.lose,
-            users=Users(app, username=self._username, consumer=self._consumer, faults=faults),
-            cookie=visitors.cookie,
-            tracing=None if traces is None else traces.tracing,
+            inquirer=Inquirer(
+                Users(app, username=self._username, consumer=self._consumer, faults=faults),
+                visitors.cookie,
+                None if traces is None else traces.tracing,
+                faults,
+            ),
             headers=enricher.headers,
             faults=faults,
         )
         track_var.install(app)
-        app.wsgi_app = capture  # type: ignore[method-assign]
+        app.wsgi_app = capture.wsgi_app  # type: ignore[method-assign]
         tracking = Tracking(
             self, wanted, writers, exposition, capture, pipeline, visitors.tally, traces, faults
         )

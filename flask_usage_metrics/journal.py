@@ -9,8 +9,9 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
+from typing import Any, TypeVar
 from weakref import finalize
 from zlib import crc32
 
@@ -22,20 +23,23 @@ from flask_usage_metrics.state import is_still, open_private, try_lock
 FILE_BYTES = 4 * 1024 * 1024
 """Size of a journal file: some 8 000 requests of 500 bytes."""
 
-_MAGIC = b"FUMJRNL1"
+_MAGIC = b"FUMJRNL2"
 _HEADER_BYTES = 4096
 _HEADER = struct.Struct("=8sQQQQI")  # magic, size, tail, head, committed, length of the origin
 _TAIL, _HEAD, _COMMITTED = 2, 3, 4  # places of the header's words of 64 bits
 _U32 = struct.Struct("=I")
 _FRAME = struct.Struct("=IIQII")  # length, checksum, sequence, fold number, unused
+_NEW_FRAME = struct.Struct("=IIQQ")
 _NUMBER = 4  # place of a frame's fold number among its words of 32 bits
 _SKIP = 0xFFFFFFFF
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Observation).decode
 
+_S = TypeVar("_S", bound=msgspec.Struct)
+
 Entry = tuple[int, Observation]
-"""An observation, and its number in its journal."""
+"""An observation, and its number in its journal: of all that its process captured."""
 
 
 class Origin(msgspec.Struct, frozen=True):
@@ -100,7 +104,7 @@ class Journal:
     def take(self, at_most: int) -> list[Entry]:
         """Return the oldest observations and forget them; for one caller at a time."""
         waiting = self._waiting
-        return [waiting.popleft() for _ in range(min(at_most, len(waiting)))]
+        return list(islice(iter(waiting.popleft, None), min(at_most, len(waiting))))
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -155,12 +159,12 @@ class JournalFile:
         self._words = memoryview(self._map).cast("Q")
         self._numbers = memoryview(self._map).cast("I")
         self._tail: int = self._words[_TAIL]
-        self._head: int = self._words[_HEAD]
-        # Where the next frame may begin, and how long it may be; 0: it has to be found out.
-        self._at = 0
-        self._room = 0
-        # For each frame that is not released: where it is, and where the next may begin.
-        self._frames: dict[int, tuple[int, int]] = {}
+        # Where in the map the next frame begins and has to end, and how much the head, which is
+        # counted without end, is ahead of that.
+        self._at = self._limit = self._ahead = 0
+        self._move(self._words[_HEAD])
+        # Where each frame is that is not released.
+        self._frames: dict[int, int] = {}
 
     @classmethod
     def create(cls, folder: Path, origin: Origin, size: int = FILE_BYTES) -> JournalFile:
@@ -221,19 +225,31 @@ class JournalFile:
 
     def append(self, sequence: int, payload: bytes) -> bool:
         """Write a frame; return False, and write nothing, when there is no room."""
-        frame = _FRAME.pack(len(payload), crc32(payload), sequence, 0, 0) + payload
-        length = len(frame) + 7 & ~7
-        if length > self._room and not self._find_room(length):
-            return False
+        frame = _NEW_FRAME.pack(len(payload), crc32(payload), sequence, 0) + payload
         at = self._at
+        end = at + (len(frame) + 7 & ~7)
+        if end > self._limit:
+            length = end - at
+            if not self._find_room(length):
+                return False
+            at = self._at
+            end = at + length
         self._map[at : at + len(frame)] = frame
-        self._at = at + length
-        self._room -= length
-        self._head = end = self._head + length
-        self._frames[sequence] = (at, end)
+        self._frames[sequence] = at
+        self._at = end
         # Last: a process that is killed before leaves nothing, instead of half a frame.
-        self._words[_HEAD] = end
+        self._words[_HEAD] = end + self._ahead
         return True
+
+    @property
+    def _head(self) -> int:
+        return self._at + self._ahead
+
+    def _move(self, head: int, room: int = 0) -> None:
+        """Have the next frame begin at the head, and find out how long it may be if need be."""
+        self._at = _HEADER_BYTES + head % self._size
+        self._ahead = head - self._at
+        self._limit = self._at + room
 
     def _find_room(self, length: int) -> bool:
         """Find a place for a frame that follows at once; return False when there is no room."""
@@ -246,17 +262,15 @@ class JournalFile:
             place = 0
         if start + length - self._tail > self._size:
             return False
-        self._head = start
-        self._at = _HEADER_BYTES + place
-        self._room = min(self._size - place, self._tail + self._size - start)
+        self._move(start, min(self._size - place, self._tail + self._size - start))
         return True
 
     def mark(self, sequences: Iterable[int], number: int) -> None:
         """Note that a fold is about to count these."""
+        frames, numbers = self._frames, self._numbers
         for sequence in sequences:
-            frame = self._frames.get(sequence)
-            if frame is not None:
-                self._numbers[frame[0] // 4 + _NUMBER] = number
+            if sequence in frames:
+                numbers[frames[sequence] // 4 + _NUMBER] = number
 
     def release(self, sequence: int) -> None:
         """Give room back up to this number; what was in it is wiped.
@@ -267,7 +281,12 @@ class JournalFile:
         start = self._tail
         # Listed first: to begin at the front again would pass all the gaps there each time.
         for settled in list(takewhile(sequence.__ge__, frames)):
-            self._tail = frames.pop(settled)[1]
+            del frames[settled]
+        if frames:
+            first = next(iter(frames.values())) - _HEADER_BYTES
+            self._tail += (first - start) % self._size
+        else:
+            self._tail = self._head
         self._words[_TAIL] = self._tail
         self._wipe(start, self._tail)
         if not frames:
@@ -275,11 +294,14 @@ class JournalFile:
             self._tail = -(-self._head // self._size) * self._size
             # In this order: a process that is killed in between leaves an empty file, too.
             self._words[_TAIL] = self._tail
-            self._words[_HEAD] = self._head = self._tail
-        self._room = 0
+            self._words[_HEAD] = self._tail
+            self._move(self._tail)
+        else:
+            self._move(self._head)
 
     def _wipe(self, start: int, end: int) -> None:
         """Zero what is between two places, counted without end; at most the whole ring."""
+        start = max(start, end - self._size)
         while start < end:
             place = start % self._size
             length = min(end - start, self._size - place)
@@ -305,7 +327,7 @@ class JournalFile:
             if length > room or crc32(payload) != checksum:
                 return
             at_logical += _FRAME.size + length + 7 & ~7
-            self._frames[sequence] = (at, at_logical)
+            self._frames[sequence] = at
             with suppress(msgspec.DecodeError, UnicodeDecodeError):
                 yield sequence, number, _decode(payload)
 
@@ -329,12 +351,19 @@ class JournalFile:
 
 
 def _washed(observation: Observation) -> Observation:
-    values = msgspec.structs.asdict(observation)
-    for name, value in values.items():
-        if isinstance(value, str):
-            values[name] = _wash(value)
-    values["environ"] = tuple(map(_wash, observation.environ))
-    return msgspec.structs.replace(observation, **values)
+    changes: dict[str, Any] = {"environ": tuple(map(_wash, observation.environ))}
+    if observation.extras is not None:
+        changes["extras"] = _washed_texts(observation.extras)
+    return msgspec.structs.replace(_washed_texts(observation), **changes)
+
+
+def _washed_texts(value: _S) -> _S:
+    texts = {
+        name: _wash(text)
+        for name, text in msgspec.structs.asdict(value).items()
+        if isinstance(text, str)
+    }
+    return msgspec.structs.replace(value, **texts)
 
 
 def _wash(text: str) -> str:

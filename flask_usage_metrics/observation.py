@@ -19,8 +19,6 @@ ENVIRON_KEYS = (
     "REQUEST_METHOD",
     "wsgi.url_scheme",
     "HTTP_HOST",
-    "SERVER_NAME",
-    "SERVER_PORT",
     "SCRIPT_NAME",
     "PATH_INFO",
     "QUERY_STRING",
@@ -32,9 +30,11 @@ ENVIRON_KEYS = (
     "HTTP_ACCEPT_LANGUAGE",
     "HTTP_REFERER",
     "HTTP_X_REQUEST_START",
-    "HTTP_X_QUEUE_START",
 )
-"""What is kept of a WSGI environ, whose headers else are never looked at."""
+"""What is kept of a WSGI environ, whose headers else are never looked at: the server's own name
+in place of an empty Host, and X-Queue-Start if there is no X-Request-Start."""
+
+_INSTEAD = ("SERVER_NAME", "SERVER_PORT", "HTTP_X_QUEUE_START")
 
 MAX_ENVIRON_CHARACTERS = 16_384
 """What is kept of one environ; common servers refuse a request line longer than 8 190."""
@@ -55,9 +55,7 @@ def environ_texts(environ: WSGIEnvironment, headers: tuple[str, ...]) -> tuple[s
         texts: tuple[str, ...] = (
             environ["REQUEST_METHOD"],
             environ["wsgi.url_scheme"],
-            environ["HTTP_HOST"],
-            environ["SERVER_NAME"],
-            environ["SERVER_PORT"],
+            environ["HTTP_HOST"] or _server(environ),
             environ["SCRIPT_NAME"],
             environ["PATH_INFO"],
             environ["QUERY_STRING"],
@@ -68,8 +66,11 @@ def environ_texts(environ: WSGIEnvironment, headers: tuple[str, ...]) -> tuple[s
             environ["HTTP_USER_AGENT"] if "HTTP_USER_AGENT" in environ else "",
             environ["HTTP_ACCEPT_LANGUAGE"] if "HTTP_ACCEPT_LANGUAGE" in environ else "",
             environ["HTTP_REFERER"] if "HTTP_REFERER" in environ else "",
-            environ["HTTP_X_REQUEST_START"] if "HTTP_X_REQUEST_START" in environ else "",
-            environ["HTTP_X_QUEUE_START"] if "HTTP_X_QUEUE_START" in environ else "",
+            environ["HTTP_X_REQUEST_START"]
+            if "HTTP_X_REQUEST_START" in environ
+            else environ["HTTP_X_QUEUE_START"]
+            if "HTTP_X_QUEUE_START" in environ
+            else "",
         )
         if headers:
             texts += tuple([environ.get(name, "") for name in headers])
@@ -77,10 +78,17 @@ def environ_texts(environ: WSGIEnvironment, headers: tuple[str, ...]) -> tuple[s
             return texts
     except (KeyError, TypeError):
         # PEP 3333 lets a server leave some out; and somebody may have put a number there.
-        texts = tuple([str(environ.get(key, "")) for key in (*ENVIRON_KEYS, *headers)])
-        if len("".join(texts)) <= MAX_ENVIRON_CHARACTERS:
-            return texts
+        given = (*ENVIRON_KEYS, *_INSTEAD, *headers)
+        clean = {key: str(environ[key]) for key in given if key in environ}
+        return environ_texts({**dict.fromkeys(ENVIRON_KEYS[:-1], ""), **clean}, headers)
     return tuple([text[:_MAX_CUT] for text in texts])
+
+
+def _server(environ: WSGIEnvironment) -> str:
+    """Return the host as the server knows it (PEP 3333, URL reconstruction)."""
+    name, port = str(environ.get("SERVER_NAME", "")), str(environ.get("SERVER_PORT", ""))
+    usual = {"http": "80", "https": "443"}.get(environ["wsgi.url_scheme"])
+    return name if port in (usual, "") else f"{name}:{port}"
 
 
 class Trace(msgspec.Struct, frozen=True, array_like=True):
@@ -101,23 +109,12 @@ class Trace(msgspec.Struct, frozen=True, array_like=True):
     is_sampled: bool
 
 
-# Not followed by the garbage collector, which thousands of them keep busy: it holds no cycle.
-class Observation(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One request, as captured; `enrichment` makes the record of it.
+class Extras(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What only some requests have.
 
     Attributes:
-        started_ns: Nanoseconds since the epoch.
-        duration_ns: Nanoseconds by the monotonic clock; >= 0.
-        sequence: Number of the request in its process, part of the record's id.
-        environ: What `environ_texts` returns, then the headers the country sources asked for; as
-            WSGI gives them (bytes decoded as Latin-1), ``""`` if absent, together bounded.
         peer: Address of whoever opened the connection, where ProxyFix replaced REMOTE_ADDR.
-        endpoint: Flask's endpoint; None when no route matched.
-        rule: URL rule; None when no route matched.
-        view_args: JSON; None when there are none.
-        status: HTTP status code; 0 when it is not a number.
         exception: Class name of the exception nobody handled.
-        bytes_sent: Bytes of the body handed to the server.
         authorization: Whether an Authorization header came that can be parsed.
         username: Who made the request.
         track_var: JSON; None when empty.
@@ -126,23 +123,42 @@ class Observation(msgspec.Struct, frozen=True, array_like=True, gc=False):
         trace: Trace and span; None if not traced.
     """
 
+    peer: str | None = None
+    exception: str | None = None
+    authorization: bool = False
+    username: str | None = None
+    track_var: bytes | None = None
+    visitor: str | None = None
+    consumer: str | None = None
+    trace: Trace | None = None
+
+
+# Not followed by the garbage collector, which thousands of them keep busy: it holds no cycle.
+class Observation(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One request, as captured; `enrichment` makes the record of it.
+
+    Attributes:
+        started_ns: Nanoseconds since the epoch.
+        duration_ns: Nanoseconds by the monotonic clock; >= 0.
+        environ: What `environ_texts` returns, then the headers the country sources asked for; as
+            WSGI gives them (bytes decoded as Latin-1), ``""`` if absent, together bounded.
+        endpoint: Flask's endpoint; None when no route matched.
+        rule: URL rule; None when no route matched.
+        view_args: JSON; None when there are none.
+        status: HTTP status code; 0 when it is not a number.
+        bytes_sent: Bytes of the body handed to the server.
+        extras: None if it has nothing of that kind.
+    """
+
     started_ns: int
     duration_ns: int
-    sequence: int
     environ: tuple[str, ...]
-    peer: str | None
     endpoint: str | None
     rule: str | None
     view_args: bytes | None
     status: int
-    exception: str | None
     bytes_sent: int
-    authorization: bool
-    username: str | None
-    track_var: bytes | None
-    visitor: str | None = None
-    consumer: str | None = None
-    trace: Trace | None = None
+    extras: Extras | None = None
 
 
 def encode_json(value: dict[Any, Any]) -> bytes:

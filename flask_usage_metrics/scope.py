@@ -103,6 +103,10 @@ class Scope:
         excluded: What was excluded; wins over `included`.
         never: Patterns that are excluded by configuration; they win over `included` too.
         own: Endpoints of this package, never tracked.
+
+    Attributes:
+        tracked: Endpoints that `tracks` is known to say yes to, whatever the path; None among
+            them if to requests that no route matched.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class Scope:
         self._never = Marks(never)
         self._own = frozenset(own)
         self._decided: dict[str | None, bool] = {}
+        self.tracked: set[str | None] = set()
         for marks in (included, excluded):
             marks.scopes.add(self)
 
@@ -137,11 +142,14 @@ class Scope:
             tracked = self._decide(endpoint, _path(environ))
             if not any(marks.by_path for marks in (self._included, self._excluded, self._never)):
                 self._decided[endpoint] = tracked
+                if tracked:
+                    self.tracked.add(endpoint)
         return tracked
 
     def forget(self) -> None:
         """Decide again: a mark was added."""
         self._decided = {}
+        self.tracked = set()
 
     def _decide(self, endpoint: str | None, path: str) -> bool:
         if endpoint in self._own or any(

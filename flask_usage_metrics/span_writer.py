@@ -44,7 +44,7 @@ class SpanWriter(Writer):
 
         Args:
             export: Where spans go.
-            live: Where those of this process are, by record id.
+            live: Where those of this process are.
             user: Whether the user is named.
             version: Version of the package.
         """
@@ -145,7 +145,7 @@ class SpanWriter(Writer):
 
     def _end_with(self, record: UsageRecord) -> bool:
         start_ns = (record.started_at - _EPOCH) // _MICROSECOND * 1000
-        span = self._live.take(record.id)
+        span = self._live.take(record.span_id)
         if span is None:
             span = self._make_again(record, start_ns)
         if not span.is_recording():

@@ -33,19 +33,19 @@ class LiveSpans:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._spans: dict[object, trace.Span] = {}
+        self._spans: dict[str, trace.Span] = {}
 
-    def keep(self, key: object, span: trace.Span) -> None:
-        """Keep a span under a key: a request's number, then its record's id."""
+    def keep(self, span_id: str, span: trace.Span) -> None:
+        """Keep a span under its id."""
         spans = self._spans
-        spans[key] = span
+        spans[span_id] = span
         if len(spans) > self._capacity:
             with suppress(KeyError, RuntimeError, StopIteration):  # another thread was at it
                 del spans[next(iter(spans))]
 
-    def take(self, key: object) -> trace.Span | None:
+    def take(self, span_id: str | None) -> trace.Span | None:
         """Return a span and forget it; None if it is not known."""
-        return self._spans.pop(key, None)
+        return None if span_id is None else self._spans.pop(span_id, None)
 
     def reset_after_fork(self) -> None:
         """Forget the spans of the parent process."""
@@ -187,12 +187,8 @@ class RequestTrace:
         except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
             self._tracing.faults.report("traces", error, "a span lacks attributes")
 
-    def end(self, number: int) -> Trace | None:
-        """Return what an observation has of the trace, when the request is over.
-
-        Args:
-            number: Of the request in this process. A span of ours is kept under it.
-        """
+    def end(self) -> Trace | None:
+        """Return what an observation has of the trace, when the request is over."""
         span = self._span
         if span is None:
             return None
@@ -201,14 +197,15 @@ class RequestTrace:
             return None
         is_own = self._context is not None
         sampled = found.trace_flags.sampled and not found.is_remote
+        span_id = trace.format_span_id(found.span_id)
         if is_own and sampled:
-            self._tracing.live.keep(number, span)
+            self._tracing.live.keep(span_id, span)
         # A span that is joined knows its parent if it is recorded, by the SDK.
         parent = self._caller if is_own else getattr(span, "parent", None)
         return Trace(
             trace.format_trace_id(found.trace_id),
             # Without an SDK the caller's own span is handed on.
-            None if found.is_remote else trace.format_span_id(found.span_id),
+            None if found.is_remote else span_id,
             trace.format_span_id(parent.span_id)
             if parent is not None and parent.is_valid
             else None,

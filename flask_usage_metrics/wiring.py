@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
     from flask_usage_metrics.spans import Attributes
-    from flask_usage_metrics.tracing import LiveSpans, Tracing
+    from flask_usage_metrics.tracing import Tracing
 
 PSEUDONYMS = "pseudonyms.key"
 
@@ -167,7 +167,6 @@ class Traces(NamedTuple):
     """What makes spans of one app's requests, and what ends and exports them."""
 
     tracing: Tracing
-    live: LiveSpans
     writer: Writer
 
 
@@ -219,4 +218,4 @@ def make_traces(
         faults=faults,
     )
     writer = SpanWriter(export, live, user=settings.traces_enduser, version=version)
-    return Traces(tracing, live, writer)
+    return Traces(tracing, writer)

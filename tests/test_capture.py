@@ -424,6 +424,17 @@ class TestMounted:
         assert (record.remote_addr, record.endpoint) == ("198.51.100.7", "index")
         site.assert_agrees()
 
+    def test_behind_proxy_fix_the_peer_is_who_is_trusted(self, make_site: object) -> None:
+        site = make_site(COUNTRY="header:CF-IPCountry", TRUSTED_PROXIES=["203.0.113.9"])
+        site.app.add_url_rule("/", "index", lambda: "x")
+        site.app.wsgi_app = ProxyFix(site.app.wsgi_app, x_for=1)
+        headers = {"X-Forwarded-For": "198.51.100.7", "CF-IPCountry": "NL"}
+        site.get(headers=headers)
+        site.get(headers=headers, environ_base={"REMOTE_ADDR": "198.51.100.8"})
+        addresses = [record.remote_addr for record in site.records()]
+        assert addresses == ["198.51.100.7"] * 2
+        assert [record.country for record in site.records()] == ["NL", None]
+
     def test_middleware_that_holds_start_response_back(self, make_site: object) -> None:
         app = Flask("shop")
         app.add_url_rule("/", "index", lambda: "x")

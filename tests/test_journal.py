@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flask_usage_metrics.journal import Journal, JournalFile, Origin
-from flask_usage_metrics.observation import ENVIRON_KEYS, Observation
+from flask_usage_metrics.observation import ENVIRON_KEYS, Extras, Observation
+from flask_usage_metrics.storage.sql import SQLStorage
 
 SIZE = 4096
 HEADER = 4096
@@ -31,9 +32,7 @@ ORIGIN = Origin("shop 0", "host:1", 7, ("CF-IPCountry",))
 
 def seen(number: int, text: str = "x") -> Observation:
     environ = ("GET", *[text] * (len(ENVIRON_KEYS) - 1))
-    return Observation(
-        number, 5, number, environ, None, "e", "/", None, 200, None, 1, False, None, None
-    )
+    return Observation(number, 5, environ, "e", "/", None, 200, 1)
 
 
 def payload(observation: Observation) -> bytes:
@@ -263,15 +262,43 @@ def test_who_is_killed_while_beginning_anew_leaves_an_empty_file(tmp_path: Path)
     adopted.close(remove=True)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_comes_and_goes_nothing_is_written_over(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    file = JournalFile.create(tmp_path, ORIGIN, 4096)
+    kept: dict[int, Observation] = {}
+    refused = 0
+    for number in range(1, 400):
+        observation = seen(number, "x" * chance.randrange(60))
+        if file.append(number, payload(observation)):
+            kept[number] = observation
+        else:
+            refused += 1
+        if kept and chance.random() < 0.3:
+            until = chance.choice([*kept])
+            file.release(until)
+            kept = {one: observation for one, observation in kept.items() if one > until}
+        if chance.random() < 0.5:
+            assert frames(file) == list(kept.items())
+    assert refused > 10
+    file.close(remove=False)
+    (path,) = tmp_path.glob("*.journal")
+    adopted = JournalFile.adopt(path, ORIGIN.app)
+    assert adopted is not None
+    assert frames(adopted) == list(kept.items())
+    adopted.close(remove=True)
+
+
 def test_lone_surrogates_are_kept_escaped(tmp_path: Path) -> None:
     journal = Journal(10)
     journal.file = JournalFile.create(tmp_path, ORIGIN, SIZE)
-    odd = msgspec.structs.replace(seen(1, "\ud800"), username="a\udfff", peer="\udc80")
+    extras = Extras(username="a\udfff", peer="\udc80")
+    odd = msgspec.structs.replace(seen(1, "\ud800"), extras=extras)
     assert journal.append(odd)
     assert journal.append(seen(2))
     first, second = frames(journal.file)
     assert second == (2, seen(2))
-    assert first[1].username == "a\\udfff"
+    assert first[1].extras == Extras(username="a\\udfff", peer="\\udc80")
     assert first[1].environ[1] == "\\ud800"
     journal.release(2)
     journal.close()
@@ -486,9 +513,9 @@ def die_at(seam, names, many=False):
         Pipeline.fold = lambda self: None
     if seam == "half":  # the countries of some that others left are asked for, and never found
         enrich = Enricher.enrich
-        def ask_on(self, seen, origin):
+        def ask_on(self, seen, *rest):
             waits = any(text.startswith("/0-1") for text in seen.environ)
-            return None if waits else enrich(self, seen, origin)
+            return None if waits else enrich(self, seen, *rest)
         Enricher.enrich = ask_on
     for name in names:
         ask("/" + name, many)
@@ -594,6 +621,24 @@ def test_an_adopter_that_is_killed_too_changes_nothing(tmp_path: Path, second: s
     assert rows == sorted(["/last", *names])
 
 
+def test_what_two_left_is_told_apart(tmp_path: Path) -> None:
+    environment = {**os.environ, "AT_ONCE": "1"}
+    for name in "ab":
+        killed = run(APP + ALONE, tmp_path, "die", "captured", name, env=environment)
+        assert killed.returncode == -9, killed.stderr
+    assert len(list(tmp_path.glob("state/*/g-*/*.journal"))) == 2
+    done = run(APP + ALONE, tmp_path, "live", 41, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows, counted = json.loads(done.stdout)
+    assert (len(rows), counted) == (41, 41)
+    storage = SQLStorage.from_url(f"sqlite:///{tmp_path}/usage.sqlite3")
+    records = list(storage.records())
+    storage.close()
+    assert len({record.id for record in records}) == 41
+    whose = {(record.path[:2], record.process) for record in records}
+    assert len(whose) == len({process for _, process in whose}) == 3
+
+
 @pytest.mark.parametrize("seam", [*SEAMS, "visited"])
 def test_a_sibling_counts_and_stores_what_a_killed_one_left_once(tmp_path: Path, seam: str) -> None:
     # The second one adopts what the first one left, and dies of it at the same place.
@@ -636,8 +681,8 @@ if sys.argv[2:] == ["die", "adopted"]:
     die_at("captured", names)
 if sys.argv[2:] == ["die", "own"]:  # and the countries of most are found late
     enrich = Enricher.enrich
-    Enricher.enrich = lambda self, seen, origin: (
-        enrich(self, seen, origin) if "/z" in seen.environ else None
+    Enricher.enrich = lambda self, seen, *rest: (
+        enrich(self, seen, *rest) if "/z" in seen.environ else None
     )
     for name in [*names, "z"]:
         ask("/" + name)

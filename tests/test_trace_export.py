@@ -632,7 +632,7 @@ def test_a_processor_of_the_app_that_raises_spoils_one_span_only(
 
 def lose_live_spans(site: Site) -> None:
     """Do to the spans in memory what the end of a process does."""
-    site.app.extensions["track_usage"].traces.live.reset_after_fork()
+    site.app.extensions["track_usage"].traces.tracing.live.reset_after_fork()
 
 
 @pytest.mark.parametrize("parent", [PARENT, None])
