@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from msgspec.structs import astuple
 from sqlalchemy.dialects import mysql
 
+from flask_usage_metrics.pacing import Pacer
 from flask_usage_metrics.query import as_utc
 from flask_usage_metrics.record import UsageRecord
 
@@ -87,6 +88,10 @@ COLUMNS: tuple[tuple[str, sa.types.TypeEngine[Any], str], ...] = (
     ("parent_span_id", TEXT, "parent_span_id"),
 )
 _FIELDS = UsageRecord.__struct_fields__
+_URL_FIELDS = ("scheme", "host", "root_path", "path", "query")
+_STEP = 128
+"""Rows that are handled before others may have the interpreter, mostly in 0.1 ms."""
+
 _TEXT_CHARACTERS = len("2026-11-22 09:00:00.000001")
 
 COLUMN_NAMES = tuple(column for column, _, _ in COLUMNS)
@@ -168,9 +173,11 @@ def to_columns(batch: Sequence[UsageRecord]) -> Columns:
         ValueError: A value cannot be kept.
         TypeError: Likewise.
     """
+    pacer = Pacer()
     flat: list[Any] = []
-    for record in batch:
-        flat.extend(astuple(record))
+    for step in pacer.steps(batch, _STEP):
+        for record in step:
+            flat.extend(astuple(record))
     fields: dict[str, Sequence[Any]] = {
         field: flat[position :: len(_FIELDS)] for position, field in enumerate(_FIELDS)
     }
@@ -178,20 +185,21 @@ def to_columns(batch: Sequence[UsageRecord]) -> Columns:
     durations = chain(fields["duration_seconds"], filter(None, fields["queue_seconds"]))
     if not all(map(isfinite, durations)):
         raise ValueError("a duration is not finite")
+    parts = zip(*map(fields.__getitem__, _URL_FIELDS), strict=True)
     fields["url"] = [
         # As `UsageRecord.url`, at half of its cost.
         f"{scheme}://{host}{root}{path}?{query}" if query else f"{scheme}://{host}{root}{path}"
-        for scheme, host, root, path, query in zip(
-            *(fields[name] for name in ("scheme", "host", "root_path", "path", "query")),
-            strict=True,
-        )
+        for step in pacer.steps(list(parts), _STEP)
+        for scheme, host, root, path, query in step
     ]
     fields["started_at"] = _to_texts(fields["started_at"])
     # A bool is looked up an adapter for by sqlite3.
     fields["authorization"] = [1 if given else 0 for given in fields["authorization"]]
     for field in ("view_args", "ip_info"):
         fields[field] = [
-            None if value is None else to_json(value).decode() for value in fields[field]
+            None if value is None else to_json(value).decode()
+            for step in pacer.steps(fields[field], _STEP)
+            for value in step
         ]
     fields["track_var"] = [
         to_json(value).decode() if value else "{}" for value in fields["track_var"]
