@@ -91,15 +91,20 @@ class Settlement:
         # Also a journal in which nothing is left has to be seen off.
         self._unsettled.append((self._received(), stream, stream.last, folded))
 
-    def note(self, decided: dict[Stream, list[int]], waiting: Sequence[Item]) -> None:
-        """Take note of what was put to the sinks, and what is behind it still."""
-        for stream, sequences in decided.items():
-            if stream.file is not None:
-                stream.last = max(stream.last, *sequences)
-                # What waits for its country holds the room of those behind it as well.
-                first = [item.sequence for item in waiting if item.stream is stream]
-                through = min(first) - 1 if first else stream.last
-                self._unsettled.append((self._received(), stream, through, stream.fold))
+    def note(self, stream: Stream, decided: Sequence[int], waiting: Sequence[Item]) -> None:
+        """Take note of what was put to the sinks, and what is behind it still.
+
+        Args:
+            stream: Where that came from.
+            decided: The numbers it has there.
+            waiting: What else was taken from journals, and is not put to the sinks yet.
+        """
+        if stream.file is not None and decided:
+            stream.last = max(stream.last, *decided)
+            # What waits for its country holds the room of those behind it as well.
+            first = [item.sequence for item in waiting if item.stream is stream]
+            through = min(first) - 1 if first else stream.last
+            self._unsettled.append((self._received(), stream, through, stream.fold))
 
     def settle(self, waiting: Sequence[Item]) -> None:
         """Give back the journals' room for what is counted, and decided by every sink.

@@ -198,7 +198,7 @@ class Totals:
                 row = durations.new or durations.begin()
                 row[bucket] += 1
                 row[-1] += seconds
-            if record.id in sampled:
+            if sampled and record.id in sampled:
                 durations.keep(pack(record), bucket)
             row = sizes.new or sizes.begin()
             row[0] += record.bytes_sent
@@ -208,8 +208,8 @@ class Totals:
             row[0] += 1
             for objective in objectives:
                 self._events.row(objective.event(record))[0] += 1
-            status = requests.values[2]
             if record.consumer is not None:
+                status = requests.values[2]
                 self._count(self._consumers, (record.consumer, status), (FOLDED, status))
             if record.exception is not None:
                 raised = (*sizes.values, record.exception)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -891,3 +892,22 @@ def test_many_addresses_asked_at_once_are_all_answered(server, make):
         locator.wait(0.1)
     assert pending == []
     assert sorted(server.paths) == sorted("/" + address for address in addresses)
+
+
+def test_only_what_is_in_a_package_answers_the_same_for_ever(tmp_path: Path) -> None:
+    def is_static(given: object, function: Callable[[str], object] | None = None) -> bool:
+        return make_locator(
+            given,
+            trusted_proxies=True,
+            use_freegeoip=False,
+            freegeoip_endpoint=None,
+            function=function,
+            faults=Faults(),
+        ).is_static
+
+    assert is_static(None)
+    assert is_static("iptocc")
+    assert not is_static("header:CF-IPCountry")
+    assert not is_static(f"mmdb:{tmp_path}/none.mmdb")
+    assert not is_static(["iptocc", "http://127.0.0.1:9/"])
+    assert not is_static(None, lambda address: "NL")

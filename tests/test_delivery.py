@@ -172,7 +172,7 @@ def test_an_observation_nobody_thought_of_is_counted_as_failed(
 ) -> None:
     kept = Kept()
     site = make_site(kept)
-    monkeypatch.setattr("flask_usage_metrics.enrichment._id", None)
+    monkeypatch.setattr("flask_usage_metrics.enrichment.UsageRecord", None)
     visit(site, 2)
     site.scrape()
     monkeypatch.undo()
@@ -469,8 +469,9 @@ def test_the_worker_gives_the_interpreter_away_unless_too_much_waits(
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(pipeline, "_STEP_SECONDS", 0.0)
+    monkeypatch.setattr(pipeline, "_STEP_ITEMS", 4)
     monkeypatch.setattr(pipeline, "_CHUNK", 10)
-    monkeypatch.setattr(pipeline, "sleep", pauses.append)
+    monkeypatch.setattr(pipeline, "pause", lambda: pauses.append(0.0))
     site = make_site(FLUSH_SECONDS=1000, BUFFER_RECORDS=buffer)
     visit(site, 95)
     assert len(site.records()) == 95

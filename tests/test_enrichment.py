@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from flask import g
 from front_door import Site
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from werkzeug.test import EnvironBuilder
+from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from flask_usage_metrics import UsageRecord
 from flask_usage_metrics.observation import (
@@ -137,25 +139,34 @@ class Spoiler(Writer):
 
     def write(self, batch: Sequence[UsageRecord]) -> None:
         for record in batch:
-            self.seen.append((dict(record.view_args or {}), dict(record.track_var)))
+            self.seen.append(deepcopy((record.view_args, record.track_var)))
             for values in (record.view_args, record.track_var):
                 assert values is not None
                 values["name"] = "somebody else"
+                values.get("tags", []).append("spoiled")
 
 
-def test_records_of_the_same_target_share_nothing_that_can_be_changed(make_site: Make) -> None:
+@pytest.mark.parametrize("more", [{}, {"tags": ["a"]}])
+def test_records_of_the_same_target_share_nothing_that_can_be_changed(
+    make_site: Make, more: dict[str, Any]
+) -> None:
     spoiler = Spoiler()
     site = make_site([spoiler])
 
+    @site.app.url_value_preprocessor
+    def add(_endpoint: str | None, values: dict[str, Any] | None) -> None:
+        if values is not None:
+            values.update(deepcopy(more))
+
     @site.app.get("/<name>")
-    def page(name: str) -> str:
+    def page(name: str, **_: object) -> str:
         g.track_var["name"] = name
         return name
 
     for _ in range(3):
         site.get("/ann")
         assert site.usage.flush()
-    assert spoiler.seen == [({"name": "ann"}, {"name": "ann"})] * 3
+    assert spoiler.seen == [({"name": "ann"} | more, {"name": "ann"})] * 3
 
 
 @pytest.mark.parametrize("key", ["path", "User-Agent", "Referer", "Host", "view_args"])
@@ -177,6 +188,37 @@ def test_long_texts_of_strangers_are_not_remembered(make_site: Make, key: str) -
         site.get(path, headers=headers)
     assert len(site.records()) == 20
     enricher = site.app.extensions["track_usage"].pipeline._enricher
-    caches = (enricher._known_target, enricher._known_caller, enricher._known_referrer)
-    remembered = [cache.cache_info().currsize for cache in caches]
-    assert remembered == [0, 0, 0]
+    caches = (enricher._targets, enricher._callers, enricher._referrers)
+    remembered = [len(repr(key)) for cache in caches for key in cache.everything()]
+    assert max(remembered) < 1000
+
+
+def test_a_country_that_a_header_tells_is_not_remembered_with_the_client(make_site: Make) -> None:
+    site = make_site(COUNTRY="header:CF-IPCountry", TRUSTED_PROXIES=["203.0.113.9"])
+    site.app.add_url_rule("/", "index", lambda: "hello")
+    for country in ("DE", "NL", "DE", "XX"):
+        site.get(headers={"CF-IPCountry": country})
+    assert [record.country for record in site.records()] == ["DE", "NL", "DE", None]
+
+
+def test_without_a_host_it_is_the_server_that_was_asked(make_site: Make) -> None:
+    site = make_site()
+    site.app.add_url_rule("/", "index", lambda: "hello")
+    for host, port in ((None, "80"), ("", "8080"), (None, 443), ("shop.example:1", "80")):
+        environ = EnvironBuilder("/").get_environ() | {"SERVER_NAME": "own", "SERVER_PORT": port}
+        del environ["HTTP_HOST"]
+        if host is not None:
+            environ["HTTP_HOST"] = host
+        run_wsgi_app(site.app.wsgi_app, environ, buffered=True)
+    expected = ["own", "own:8080", "own:443", "shop.example:1"]
+    assert [record.host for record in site.records()] == expected
+
+
+def test_a_queue_is_told_by_either_header(make_site: Make) -> None:
+    site = make_site()
+    site.app.add_url_rule("/", "index", lambda: "hello")
+    came = f"t={time.time() - 2}"
+    for name in ("X-Request-Start", "X-Queue-Start", "X-Other"):
+        site.get(headers={name: came})
+    waited = [record.queue_seconds for record in site.records()]
+    assert waited == [pytest.approx(2, abs=0.5), pytest.approx(2, abs=0.5), None]

@@ -36,6 +36,7 @@ class Locator:
 
     Attributes:
         headers: WSGI names of the headers that `locate` is to be given.
+        is_static: Whether the answer to an address is the same for ever.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Locator:
     ) -> None:
         self.headers = headers
         self._sources = tuple(sources)
+        self.is_static = all(source.is_static for source in sources)
         self._askers = tuple(source for source in sources if isinstance(source, Asker))
         self._local_askers = tuple(asker for asker in self._askers if asker.is_local)
         self._bell = bell

@@ -51,7 +51,13 @@ def as_answer(code: object) -> Answer:
 
 
 class Source(Protocol):
-    """One place to learn a country from."""
+    """One place to learn a country from.
+
+    Attributes:
+        is_static: Whether its answer to an address is the same for ever.
+    """
+
+    is_static: bool
 
     def locate(self, address: str | None, headers: tuple[str, ...], trusted: bool) -> Answer | None:
         """Answer at once; see `Locator.locate`. What it raises counts as a fault of the source."""

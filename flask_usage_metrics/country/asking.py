@@ -58,6 +58,8 @@ class Asker:
         faults: Where failures are reported.
     """
 
+    is_static = False
+
     def __init__(self, source: SlowSource, bell: Condition, limits: Limits, faults: Faults) -> None:
         self.is_local = source.is_local
         self.arrived = 0

@@ -23,6 +23,8 @@ class Header:
         position: Where the header is among those that `locate` is given.
     """
 
+    is_static = False
+
     def __init__(self, position: int) -> None:
         self._position = position
 

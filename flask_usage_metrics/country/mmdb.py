@@ -35,6 +35,8 @@ class Database:
         faults: Where a file that cannot be used is reported.
     """
 
+    is_static = False
+
     def __init__(self, path: Path, limits: Limits, faults: Faults) -> None:
         self._path = path.absolute()
         self._limits = limits

@@ -10,6 +10,8 @@ from flask_usage_metrics.country.answer import KNOWN, UNKNOWN, Answer
 class Offline:
     """Knows in which country an address is registered; 0.3 µs for IPv4, 0.5 µs for IPv6."""
 
+    is_static = True
+
     def __init__(self) -> None:
         self._country_code = iptocc.country_code
 
