@@ -184,12 +184,17 @@ def tracer_provider(batch: int, sampler: Any = None) -> tuple[Any, Flush]:
     return provider, processor.force_flush
 
 
+STRANGERS = "metrics-only-strangers"
+"""As `metrics_only`, but each request is for a path, from an address and with a referrer that none
+was before: nothing that is remembered of earlier ones is of use."""
+
 VARIANTS: dict[str, Callable[[Flask, int], Flush | None]] = {
     "bare": bare,
     "hooks": hooks,
     "capture": capture,
     "capture-journaled": capture_journaled,
     "metrics-only": metrics_only,
+    STRANGERS: metrics_only,
     "all-in": all_in,
     "prometheus-flask-exporter": prometheus_flask_exporter,
     "traces": traces,
@@ -234,6 +239,19 @@ def requests() -> list[dict[str, Any]]:
     ]
 
 
+def strangers() -> list[dict[str, Any]]:
+    """Return more requests than any run has, each from somebody new."""
+    return [
+        environ
+        | {
+            "PATH_INFO": f"/hello/stranger{number}",
+            "REMOTE_ADDR": f"{8 + number % 50}.{number // 50}.113.9",
+            "HTTP_REFERER": f"https://shop.example/{number}",
+        }
+        for number, environ in enumerate(requests() * 20)
+    ]
+
+
 def serve(app: WSGIApplication, environ: dict[str, Any]) -> None:
     """Answer one request as a server does, but for the socket."""
     body = app(environ.copy(), start_response)
@@ -262,7 +280,7 @@ def main() -> None:
     app = Flask("shop")
     app.add_url_rule("/hello/<name>", "hello", lambda name: "hello")
     flush = VARIANTS[given.variant](app, given.batch)
-    asked = cycle(requests())
+    asked = cycle(strangers() if given.variant == STRANGERS else requests())
     # What exists by now is no business of the collections during the loop.
     gc.collect()
     gc.freeze()
