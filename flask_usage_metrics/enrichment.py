@@ -356,12 +356,12 @@ class Enricher:
 def _moments(started_ns: Sequence[int]) -> list[datetime]:
     """Return moments in nanoseconds since the epoch as datetimes, cut to microseconds.
 
-    A decoder in C makes a third of the cost of `datetime.fromtimestamp`.
+    A converter in C takes less than half of what `datetime.fromtimestamp` does.
     """
     seconds = [moment // 1000 / 1e6 for moment in started_ns]
     if seconds and not 0 <= min(seconds) <= max(seconds) <= _LATEST:  # the clock is far off
         seconds = [min(max(moment, 0.0), _LATEST) for moment in seconds]
-    return _to_moments(_pack(seconds))
+    return msgspec.convert(seconds, list[datetime], strict=False)
 
 
 def _clean(text: str, length: int) -> str:
@@ -405,8 +405,6 @@ def _is_flat(values: dict[str, Any] | None) -> bool:
     return values is None or not any(isinstance(value, dict | list) for value in values.values())
 
 
-_pack = msgspec.msgpack.Encoder().encode
-_to_moments = msgspec.msgpack.Decoder(list[datetime], strict=False).decode
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
 

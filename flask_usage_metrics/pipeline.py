@@ -38,8 +38,7 @@ _STEP_ITEMS = 8
 """Items it handles before it looks at the clock, which costs 400 instructions."""
 
 _STAMPED = 32
-"""Records that get their ids together, in less than such a step; of 8 one costs half as much
-again."""
+"""Records that get their ids together; of 8 one costs half as much again."""
 
 _GRACE_SECONDS = 0.05
 _HEARTBEAT_SECONDS = 2.0

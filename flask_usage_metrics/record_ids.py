@@ -1,4 +1,4 @@
-"""The ids of records, UUIDv7 (RFC 9562): of many at once, which halves their cost."""
+"""The ids of records, UUIDv7 (RFC 9562): of many at once, which nearly halves their cost."""
 
 from __future__ import annotations
 

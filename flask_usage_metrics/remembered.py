@@ -12,9 +12,9 @@ Made = TypeVar("Made")
 class Remembered(dict[Key, Made]):
     """Subscripting it calls a function with a key, unless what that returned is known.
 
-    What is known costs a third of what `functools.lru_cache` does, as only the function is told
-    how long the texts are: strangers could fill the memory with long ones. For one caller at a
-    time.
+    What is known costs a third less than with `functools.lru_cache`, as only of what is new it is
+    asked how long the texts are: strangers could fill the memory with long ones. For one caller at
+    a time.
 
     Args:
         make: Called with the parts of a key.

@@ -488,6 +488,11 @@ def counted(text):
     lines = [line for line in text.splitlines() if line.startswith("flask_usage_requests_total{")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
+def written(text):
+    start = 'flask_usage_records_total{sink="metrics",result="written"} '
+    (line,) = [line for line in text.splitlines() if line.startswith(start)]
+    return float(line.removeprefix(start))
+
 def kill_after(owner, name, when=lambda *args: True):
     original = getattr(owner, name)
     def patched(*args, **options):
@@ -540,6 +545,7 @@ time.sleep(0.1)
 text = ask("/metrics")
 usage.flush()
 print(json.dumps([stored(), counted(text)]))
+assert written(text) == counted(text)  # what was counted before is neither
 left = [path.name for path in folder.glob("state/*/g-*/*.journal")]
 assert len(left) == 1, left
 """

@@ -90,7 +90,7 @@ COLUMNS: tuple[tuple[str, sa.types.TypeEngine[Any], str], ...] = (
 _FIELDS = UsageRecord.__struct_fields__
 _URL_FIELDS = ("scheme", "host", "root_path", "path", "query")
 _STEP = 128
-"""Rows that are handled before others may have the interpreter, mostly in 0.1 ms."""
+"""Rows that are handled before others may have the interpreter."""
 
 _TEXT_CHARACTERS = len("2026-11-22 09:00:00.000001")
 
