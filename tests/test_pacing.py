@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import timedelta
 
 import pytest
@@ -31,12 +30,15 @@ def test_steps_hold_everything_with_pauses_in_between(pauses: list[float]) -> No
 
 
 def test_after_a_long_pause_there_are_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = [0.0, 0.0, 0.01]
+    seconds = [0.001, 0.001, 0.005]
+    now = 0.0
 
     def sleep(_: float) -> None:
-        time.sleep(seconds.pop(0))
+        nonlocal now
+        now += seconds.pop(0)
 
     monkeypatch.setattr(pacing, "sleep", sleep)
+    monkeypatch.setattr(pacing, "perf_counter", lambda: now)
     pacer = pacing.Pacer()
     assert [*pacer.steps(range(6), 1)] == [range(number, number + 1) for number in range(6)]
     assert [*pacer.steps(range(6), 3)] == [range(3), range(3, 6)]
