@@ -16,6 +16,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the pauses that were made; none of them lasts."""
     made: list[float] = []
     monkeypatch.setattr(pacing, "sleep", made.append)
+    monkeypatch.setattr(pacing, "perf_counter", lambda: 0.0)
     return made
 
 
