@@ -197,7 +197,8 @@ class Database:
     def close(self) -> None:
         """Close the connections of an engine of our own; the next use opens new ones."""
         if self._dialect is not None:
-            self._start_anew(self._dialect)
+            with self._dialect.guard():
+                self._start_anew(self._dialect)
 
     def reset_after_fork(self) -> None:
         """Use new connections in this process; those of the parent are left untouched."""

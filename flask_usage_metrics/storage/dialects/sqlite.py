@@ -6,7 +6,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from sqlalchemy.pool import QueuePool, StaticPool
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.query import Every
 from flask_usage_metrics.storage.dialects import BUSY_SECONDS, Dialect, Fault, Place
+from flask_usage_metrics.storage.dialects.fork_gate import ForkGate
 from flask_usage_metrics.storage.sql_table import COLUMN_NAMES, Columns, to_json, to_text
 
 WAL_BYTES = 64 * 1024 * 1024
@@ -33,6 +34,9 @@ _PERIOD_CHARACTERS = {"hour": 13, "day": 10, "month": 7}
 # a row, and be kept at 2 to 5 kB a row). 512 rows have up to 20 992 parameters; SQLite takes
 # 32 766 of them since 3.32 (2020), and 999 before.
 _MOST_ROWS = 512 if sqlite3.sqlite_version_info >= (3, 32) else 16
+
+_FORK_GATE = ForkGate()
+"""One for the process, as SQLite's own locks are."""
 
 _CACHED_STATEMENTS = 16
 """These ten, and some to read by; sqlite3 would keep 128."""
@@ -112,9 +116,12 @@ class SQLite(Dialect):
         self._memory_lock = threading.RLock()
         self._identity: tuple[int, int] | None = None
 
-    def guard(self) -> AbstractContextManager[Any]:
-        """Return a lock for a database in memory, which all threads share one connection to."""
-        return self._memory_lock if isinstance(self.engine.pool, StaticPool) else nullcontext()
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Keep forks away, and other threads from memory, which all share one connection to."""
+        in_memory = isinstance(self.engine.pool, StaticPool)
+        with self._memory_lock if in_memory else nullcontext(), _FORK_GATE.entered():
+            yield
 
     def place(self) -> Place:
         """Look whether the file is there, and the one that was set up."""

@@ -1,0 +1,59 @@
+"""Keeps a process from forking while a thread of ours is inside SQLite, or in a transaction."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_PATIENCE_SECONDS = 0.5
+"""How long a fork waits; to insert a batch takes 5 ms, but a summary of everything may take any
+time. Then it goes on, and takes the chance that the child hangs."""
+
+
+class ForkGate:
+    """What threads are inside of, one by one or together, and forks wait for.
+
+    SQLite has locks of its own for a whole process. A child that is forked while a thread of its
+    parent holds one inherits it locked for ever: it hangs at whatever it does with SQLite next,
+    the app's own databases included. (Measured: 14 of 100 children of a process that writes
+    without a break.) And what its parent had locked in a database it takes to be locked by itself.
+
+    Threads that come while a fork waits let it go first: it comes soon.
+    """
+
+    def __init__(self) -> None:
+        self._start()
+        if hasattr(os, "register_at_fork"):  # not on Windows
+            os.register_at_fork(
+                before=self._close, after_in_parent=self._open, after_in_child=self._start
+            )
+
+    def _start(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._inside = 0
+        self._forking = 0
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Be inside, as soon as nobody forks."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._forking, _PATIENCE_SECONDS)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    def _close(self) -> None:
+        with self._changed:
+            self._forking += 1
+            self._changed.wait_for(lambda: not self._inside, _PATIENCE_SECONDS)
+
+    def _open(self) -> None:
+        with self._changed:
+            self._forking -= 1
+            self._changed.notify_all()
