@@ -14,6 +14,7 @@ from weakref import finalize
 import msgspec
 
 from flask_usage_metrics.exemplars import Row, newest
+from flask_usage_metrics.fork_gate import FORK_GATE
 from flask_usage_metrics.state import (
     StateUnavailable,
     is_alive,
@@ -108,6 +109,7 @@ class TotalsFile:
         self._is_new = False
         self._pid = os.getpid()
 
+    @FORK_GATE.entered()
     def visit(
         self,
         new: Mapping[Key, Numbers],
@@ -199,6 +201,7 @@ class TotalsFile:
         self._is_new = False
         return changes
 
+    @FORK_GATE.entered()
     def folded(self, journal: str) -> int | None:
         """Return the number of the last fold of a journal that is in the sums; None if not known.
 
@@ -210,6 +213,7 @@ class TotalsFile:
         row = connection.execute("SELECT folded FROM journal WHERE id = ?", (journal,)).fetchone()
         return None if row is None else int(row[0])
 
+    @FORK_GATE.entered()
     def forget(self, journals: Iterable[str]) -> None:
         """Forget journals that are gone; it does no harm to remember them."""
         with suppress(sqlite3.Error, OSError, StateUnavailable):
@@ -218,6 +222,7 @@ class TotalsFile:
                 "DELETE FROM journal WHERE id = ?", [(journal,) for journal in journals]
             )
 
+    @FORK_GATE.entered()
     def leave(self) -> None:
         """Take this process' gauges out and close the file."""
         with suppress(sqlite3.Error, OSError, StateUnavailable):

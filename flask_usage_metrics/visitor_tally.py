@@ -16,6 +16,7 @@ from typing import Any
 from weakref import finalize
 
 from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.fork_gate import FORK_GATE
 from flask_usage_metrics.state import State, StateUnavailable, open_private
 from flask_usage_metrics.visitor_files import DAY_SECONDS, VisitorFiles
 
@@ -79,7 +80,7 @@ class VisitorTally:
             moment_ids: When, in seconds since the epoch, and who; of other days than today they
                 are ignored.
         """
-        with self._lock:
+        with FORK_GATE.entered(), self._lock:
             start = self._turn() * DAY_SECONDS
             end = start + DAY_SECONDS
             for moment, visitor in moment_ids:
@@ -97,7 +98,7 @@ class VisitorTally:
         Returns:
             The last known number while the file cannot be read.
         """
-        with self._lock:
+        with FORK_GATE.entered(), self._lock:
             self._turn()
             self._exchange()
             return self._number
@@ -110,7 +111,7 @@ class VisitorTally:
 
     def close(self) -> None:
         """Add what is left."""
-        with self._lock:
+        with FORK_GATE.entered(), self._lock:
             if self._pending:
                 self._retry_at = 0.0
                 self._exchange()

@@ -15,9 +15,9 @@ import sqlalchemy as sa
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from flask_usage_metrics.errors import ConfigError
+from flask_usage_metrics.fork_gate import FORK_GATE
 from flask_usage_metrics.query import Every
 from flask_usage_metrics.storage.dialects import BUSY_SECONDS, Dialect, Fault, Place
-from flask_usage_metrics.storage.dialects.fork_gate import ForkGate
 from flask_usage_metrics.storage.sql_table import COLUMN_NAMES, Columns, to_json, to_text
 
 WAL_BYTES = 64 * 1024 * 1024
@@ -34,9 +34,6 @@ _PERIOD_CHARACTERS = {"hour": 13, "day": 10, "month": 7}
 # a row, and be kept at 2 to 5 kB a row). 512 rows have up to 20 992 parameters; SQLite takes
 # 32 766 of them since 3.32 (2020), and 999 before.
 _MOST_ROWS = 512 if sqlite3.sqlite_version_info >= (3, 32) else 16
-
-_FORK_GATE = ForkGate()
-"""One for the process, as SQLite's own locks are."""
 
 _CACHED_STATEMENTS = 16
 """These ten, and some to read by; sqlite3 would keep 128."""
@@ -120,7 +117,7 @@ class SQLite(Dialect):
     def guard(self) -> Iterator[None]:
         """Keep forks away, and other threads from memory, which all share one connection to."""
         in_memory = isinstance(self.engine.pool, StaticPool)
-        with self._memory_lock if in_memory else nullcontext(), _FORK_GATE.entered():
+        with self._memory_lock if in_memory else nullcontext(), FORK_GATE.entered():
             yield
 
     def place(self) -> Place:
