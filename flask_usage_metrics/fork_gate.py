@@ -58,7 +58,8 @@ class ForkGate:
 
     def _open(self) -> None:
         with self._changed:
-            self._forking -= 1
+            # Not below zero: an interrupt may have come before this fork was counted.
+            self._forking = max(self._forking - 1, 0)
             self._changed.notify_all()
 
 

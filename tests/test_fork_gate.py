@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 PATHS = (str(TESTS.parent), str(TESTS))
 
 PRELUDE = """
-import itertools, logging, os, signal, sqlite3, threading, time, warnings
+import itertools, logging, os, signal, sqlite3, sys, threading, time, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork beside threads
 
 def child_of(work):
@@ -43,8 +43,10 @@ class Inside(threading.Thread):
             self.is_done = True
 
 def enters(gate):
+    '''Tell whether one can enter at once; even a loaded machine starts a thread in 5 seconds.'''
+    fork_gate._PATIENCE_SECONDS = 40
     thread = Inside(gate, 0)
-    thread.join(0.1)
+    thread.join(5)
     return not thread.is_alive()
 """
 
@@ -153,6 +155,23 @@ def test_a_signal_that_forks_in_the_middle(tmp_path: Path) -> None:
                 pass
         signal.setitimer(signal.ITIMER_PROF, 0)
         assert len(forks) >= 100 and not bad and enters(gate)
+    """
+    run(GATE + textwrap.dedent(program), tmp_path)
+
+
+def test_an_interrupt_before_a_fork_is_counted_keeps_nobody_out(tmp_path: Path) -> None:
+    program = """
+        gate = fork_gate.ForkGate()
+
+        class Interrupted(threading.Condition):
+            def __enter__(self):
+                self.__class__ = threading.Condition
+                raise KeyboardInterrupt
+
+        gate._changed = Interrupted()
+        sys.unraisablehook = lambda _: None
+        pid = child_of(lambda: enters(gate))
+        assert ended_well(pid) and enters(gate)
     """
     run(GATE + textwrap.dedent(program), tmp_path)
 
