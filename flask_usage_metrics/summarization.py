@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from flask_usage_metrics.query import Every, Summary, as_utc, next_start, truncate
+from flask_usage_metrics.records.query import Every, Summary, as_utc, next_start, truncate
 
 PERIODS: tuple[Every, ...] = ("hour", "day", "month")
 

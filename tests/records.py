@@ -6,7 +6,7 @@ import itertools
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.records.record import UsageRecord
 
 UTC = timezone.utc
 START = datetime(2026, 11, 22, 9, 0, tzinfo=UTC)

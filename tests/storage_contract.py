@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import START, UTC, make_record, make_records
 
-from flask_usage_metrics.address import normalise
-from flask_usage_metrics.query import (
+from flask_usage_metrics.records.address import normalise
+from flask_usage_metrics.records.query import (
     BUCKETS,
     EQUALITY_FILTERS,
     GROUP_FIELDS,
@@ -24,7 +24,7 @@ from flask_usage_metrics.query import (
     summarize_records,
     truncate,
 )
-from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.storage import Storage
 from flask_usage_metrics.summarization import (
     SUMMATIONS,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_usage_metrics.address import TrustedProxies, is_global, normalise
 from flask_usage_metrics.errors import ConfigError
+from flask_usage_metrics.records.address import TrustedProxies, is_global, normalise
 
 ODD_TEXTS = st.one_of(
     st.text(st.characters(), max_size=80),  # includes NUL and lone surrogates

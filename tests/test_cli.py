@@ -42,9 +42,9 @@ from flask_usage_metrics import TrackUsage, UsageRecord, open_storage
 from flask_usage_metrics.cli import usage
 from flask_usage_metrics.cli.times import parse_when
 from flask_usage_metrics.errors import StorageUnavailable
-from flask_usage_metrics.query import Filter
-from flask_usage_metrics.spans import attributes_of, name_of
+from flask_usage_metrics.records.query import Filter
 from flask_usage_metrics.storage import Storage
+from flask_usage_metrics.traces.conventions import attributes_of, name_of
 
 Make = Callable[..., Site]
 UTC = timezone.utc

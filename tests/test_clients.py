@@ -10,9 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_usage_metrics.clients import Client, browsers, describe, kinds, language
-from flask_usage_metrics.clients.browsers import BROWSERS, PLATFORMS, consult_ua_parser, sniff
-from flask_usage_metrics.clients.kinds import KINDS, kind_of
+from flask_usage_metrics.enrich.clients import Client, browsers, describe, kinds, language
+from flask_usage_metrics.enrich.clients.browsers import (
+    BROWSERS,
+    PLATFORMS,
+    consult_ua_parser,
+    sniff,
+)
+from flask_usage_metrics.enrich.clients.kinds import KINDS, kind_of
 
 needs_ua_parser = pytest.mark.skipif(
     importlib.util.find_spec("ua_parser_rs") is None, reason="the extra [ua] is not installed"
@@ -311,7 +316,7 @@ def test_of_two_names_the_purpose_outranks_the_tool():
 def test_people_are_described_by_ua_parser_where_it_is_installed(monkeypatch):
     header = f"{WINDOWS} {WEBKIT} Chrome/126.0.0.0 Safari/537.36 told/apart"
     monkeypatch.setattr(
-        "flask_usage_metrics.clients.sniff", lambda user_agent: pytest.fail("was sniffed")
+        "flask_usage_metrics.enrich.clients.sniff", lambda user_agent: pytest.fail("was sniffed")
     )
     assert describe(header) == Client("Chrome", "126", "Windows", "human")
 
@@ -419,7 +424,7 @@ def test_the_fast_form_gives_the_verdict_of_mixtures(parts):
 
 def test_importing_reads_no_rules():
     code = (
-        "import sys, flask_usage_metrics.clients.kinds as c;"
+        "import sys, flask_usage_metrics.enrich.clients.kinds as c;"
         "print('ua_parser' in sys.modules, c._bot_patterns.cache_info().currsize)"
     )
     result = subprocess.run(

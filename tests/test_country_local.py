@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mmdb_writer import MMDBWriter
 from netaddr import IPSet
 
-from flask_usage_metrics.country import Answer, Limits, Locator, make_locator
-from flask_usage_metrics.country.answer import ISO_CODES
+from flask_usage_metrics.enrich.country import Answer, Limits, Locator, make_locator
+from flask_usage_metrics.enrich.country.answer import ISO_CODES
 from flask_usage_metrics.errors import ConfigError
-from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.runtime.faults import Faults
 
 UNKNOWN = Answer()
 
@@ -60,7 +60,7 @@ def test_none_and_an_empty_list_know_nothing():
 
 def without(monkeypatch, package, module):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"flask_usage_metrics.country.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"flask_usage_metrics.enrich.country.{module}", raising=False)
 
 
 def test_auto_without_iptocc_says_once_what_to_install_and_knows_nothing(monkeypatch, caplog):
@@ -382,8 +382,8 @@ def test_a_relative_path_is_that_of_the_start(tmp_path, monkeypatch):
 OVERWRITE = """
 import sys
 from pathlib import Path
-from flask_usage_metrics.country import make_locator
-from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.enrich.country import make_locator
+from flask_usage_metrics.runtime.faults import Faults
 
 path = Path(sys.argv[1])
 locator = make_locator("mmdb:" + sys.argv[1], trusted_proxies=False, use_freegeoip=False,

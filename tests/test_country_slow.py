@@ -19,9 +19,9 @@ import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flask_usage_metrics.country import Answer, Limits, make_locator
-from flask_usage_metrics.country.answer import ISO_CODES
-from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.enrich.country import Answer, Limits, make_locator
+from flask_usage_metrics.enrich.country.answer import ISO_CODES
+from flask_usage_metrics.runtime.faults import Faults
 
 UNKNOWN = Answer()
 GERMANY = Answer("DE", {"country_code": "DE"})
@@ -827,8 +827,8 @@ def test_without_a_thread_countries_are_unknown_and_it_is_counted(make, faults, 
 
 FORK = """
 import os, threading, time
-from flask_usage_metrics.country import make_locator
-from flask_usage_metrics.faults import Faults
+from flask_usage_metrics.enrich.country import make_locator
+from flask_usage_metrics.runtime.faults import Faults
 
 release = threading.Event()
 parent = os.getpid()

@@ -17,7 +17,7 @@ import promql_parser as promql
 import pytest
 from dashboards import DASHBOARDS, FOLDER, panels, substituted, targets, variables
 
-from flask_usage_metrics.metrics import DESCRIPTIONS, LABELS
+from flask_usage_metrics.metrics.names import DESCRIPTIONS, LABELS
 
 Dashboard = dict[str, Any]
 

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from front_door import Site
 
-from flask_usage_metrics import StorageUnavailable, UsageRecord, extension, pipeline
+from flask_usage_metrics import StorageUnavailable, UsageRecord, extension
+from flask_usage_metrics.pipeline import worker as pipeline
 from flask_usage_metrics.storage import Writer
 
 
@@ -172,7 +173,7 @@ def test_an_observation_nobody_thought_of_is_counted_as_failed(
 ) -> None:
     kept = Kept()
     site = make_site(kept)
-    monkeypatch.setattr("flask_usage_metrics.enrichment.UsageRecord", None)
+    monkeypatch.setattr("flask_usage_metrics.enrich.enricher.UsageRecord", None)
     visit(site, 2)
     site.scrape()
     monkeypatch.undo()

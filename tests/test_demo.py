@@ -224,7 +224,7 @@ def test_without_iptocc_it_says_that_countries_stay_unknown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "iptocc", None)
-    monkeypatch.delitem(sys.modules, "flask_usage_metrics.country.offline", raising=False)
+    monkeypatch.delitem(sys.modules, "flask_usage_metrics.enrich.country.offline", raising=False)
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     assert demo.main(["--requests", "5"]) == 0
     shown = capsys.readouterr().out

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from flask_usage_metrics import UsageRecord
-from flask_usage_metrics.observation import (
+from flask_usage_metrics.records.observation import (
     ENVIRON_KEYS,
     MAX_ENVIRON_CHARACTERS,
     environ_texts,

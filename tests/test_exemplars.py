@@ -29,11 +29,11 @@ from records import START, make_record
 from werkzeug.serving import make_server
 
 from flask_usage_metrics import TrackUsage, UsageRecord, open_storage
-from flask_usage_metrics.collector import UsageCollector, collector_of
-from flask_usage_metrics.encoding import blocks_of, encode
-from flask_usage_metrics.metrics import Shape
+from flask_usage_metrics.metrics.exposition.collector import UsageCollector, collector_of
+from flask_usage_metrics.metrics.exposition.text import blocks_of, encode
+from flask_usage_metrics.metrics.names import Shape
+from flask_usage_metrics.metrics.totals import Totals
 from flask_usage_metrics.storage import Storage
-from flask_usage_metrics.totals import Totals
 
 BUCKET = "flask_usage_request_duration_seconds_bucket"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -277,8 +277,8 @@ def test_a_forked_child_starts_with_none(totals: Totals) -> None:
 SIBLING = """
 import os, signal, sys
 from pathlib import Path
-from flask_usage_metrics.metrics import Shape
-from flask_usage_metrics.totals import Totals
+from flask_usage_metrics.metrics.names import Shape
+from flask_usage_metrics.metrics.totals import Totals
 from test_exemplars import add, numbers, traced
 
 totals = Totals(Shape(), "1")

@@ -23,12 +23,12 @@ from records import make_record
 from werkzeug.test import Client
 
 from flask_usage_metrics import ConfigError, TrackUsage
-from flask_usage_metrics.collector import UsageCollector
-from flask_usage_metrics.encoding import blocks_of, compress, encode
-from flask_usage_metrics.exposition import prefers_openmetrics
-from flask_usage_metrics.gzip_pieces import GzipStream, Piece
-from flask_usage_metrics.metrics import BLOCK, DESCRIPTIONS, REQUEST_LABELS, Shape
-from flask_usage_metrics.totals import Totals
+from flask_usage_metrics.metrics.exposition.collector import UsageCollector
+from flask_usage_metrics.metrics.exposition.gzip_stream import GzipStream, Piece
+from flask_usage_metrics.metrics.exposition.text import blocks_of, compress, encode
+from flask_usage_metrics.metrics.exposition.view import prefers_openmetrics
+from flask_usage_metrics.metrics.names import BLOCK, DESCRIPTIONS, REQUEST_LABELS, Shape
+from flask_usage_metrics.metrics.totals import Totals
 
 PROMETHEUS = (
     "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;"

@@ -66,7 +66,7 @@ def run(program: str, folder: Path, timeout: float = 60) -> None:
 
 
 GATE = """
-from flask_usage_metrics import fork_gate
+from flask_usage_metrics.runtime import fork_gate
 """
 
 

@@ -21,8 +21,8 @@ from front_door import Site, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flask_usage_metrics.journal import Journal, JournalFile, Origin
-from flask_usage_metrics.observation import ENVIRON_KEYS, Extras, Observation
+from flask_usage_metrics.pipeline.journal import Journal, JournalFile, Origin
+from flask_usage_metrics.records.observation import ENVIRON_KEYS, Extras, Observation
 from flask_usage_metrics.storage.sql import SQLStorage
 
 SIZE = 4096
@@ -78,7 +78,7 @@ def test_frames_survive_a_kill_and_only_one_gets_them(tmp_path: Path) -> None:
     import sys
     sys.path.insert(0, sys.argv[2])
     from test_journal import *
-    from flask_usage_metrics.journal import Journal
+    from flask_usage_metrics.pipeline.journal import Journal
     journal = Journal(1000)
     journal.file = JournalFile.create(Path(sys.argv[1]), ORIGIN)
     for number in range(1, 301):
@@ -315,7 +315,7 @@ def test_an_end_during_an_append_loses_nothing(
         journal.close()  # as another thread does at exit
         return payload(observation)
 
-    monkeypatch.setattr("flask_usage_metrics.journal._encode", encode)
+    monkeypatch.setattr("flask_usage_metrics.pipeline.journal._encode", encode)
     assert journal.append(seen(1))
     assert len(journal) == 1
 
@@ -461,12 +461,13 @@ APP = """
 import json, os, signal, sys, time
 from pathlib import Path
 from flask import Flask
-from flask_usage_metrics import TrackUsage, siblings
-from flask_usage_metrics.enrichment import Enricher
-from flask_usage_metrics.journal import JournalFile
-from flask_usage_metrics.pipeline import Pipeline
-from flask_usage_metrics.totals import Totals
-from flask_usage_metrics.totals_file import TotalsFile
+from flask_usage_metrics import TrackUsage
+from flask_usage_metrics.pipeline import membership as siblings
+from flask_usage_metrics.enrich.enricher import Enricher
+from flask_usage_metrics.pipeline.journal import JournalFile
+from flask_usage_metrics.pipeline.worker import Pipeline
+from flask_usage_metrics.metrics.totals import Totals
+from flask_usage_metrics.metrics.shared_totals import TotalsFile
 
 siblings._SIBLINGS_SECONDS = 0.05
 folder = Path(sys.argv[1])

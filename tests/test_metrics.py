@@ -19,8 +19,8 @@ from records import make_record
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from flask_usage_metrics import ConfigError, TrackUsage
-from flask_usage_metrics.metrics import Shape
-from flask_usage_metrics.totals import Totals
+from flask_usage_metrics.metrics.names import Shape
+from flask_usage_metrics.metrics.totals import Totals
 
 
 def test_a_full_table_folds_country_first_then_endpoint(make_site: Callable[..., Site]) -> None:

@@ -20,13 +20,13 @@ from prometheus_client import CollectorRegistry
 
 from flask_usage_metrics import TrackUsage
 from flask_usage_metrics.cli import usage
-from flask_usage_metrics.metrics import DESCRIPTIONS, LABELS
-from flask_usage_metrics.monitoring import (
+from flask_usage_metrics.cli.monitoring_files import (
     _renamed,
     _renamed_query,
     _renamed_rules,
     make_files,
 )
+from flask_usage_metrics.metrics.names import DESCRIPTIONS, LABELS
 
 GRAFANA = Path(__file__).parent.parent / "grafana"
 

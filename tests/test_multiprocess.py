@@ -33,9 +33,12 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.multiprocess import merged_registry, process_metrics
-from flask_usage_metrics.multiprocess_files import MultiprocessFiles, multiprocess_files
+from flask_usage_metrics.metrics.exposition.app_metrics import merged_registry, process_metrics
+from flask_usage_metrics.metrics.exposition.app_metrics_files import (
+    MultiprocessFiles,
+    multiprocess_files,
+)
+from flask_usage_metrics.runtime.faults import Faults
 
 MODES = ("all", "liveall", "min", "livemin", "max", "livemax", "sum", "livesum")
 RECENT = ("mostrecent", "livemostrecent")
@@ -561,9 +564,9 @@ def test_a_worker_answers_for_all_and_reports_nothing(tmp_path: Path) -> None:
             """
 import os
 from prometheus_client import REGISTRY, generate_latest
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.multiprocess import merged_registry
-from flask_usage_metrics.multiprocess_files import multiprocess_files
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.metrics.exposition.app_metrics import merged_registry
+from flask_usage_metrics.metrics.exposition.app_metrics_files import multiprocess_files
 
 faults = Faults()
 source = merged_registry(REGISTRY, multiprocess_files(faults), [os.getpid(), os.getppid()])

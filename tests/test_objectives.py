@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from flask_usage_metrics import ConfigError, TrackUsage
-from flask_usage_metrics.settings import read
+from flask_usage_metrics.extension.settings import read
 
 OBJECTIVES = {"availability": 0.999, "latency": (0.99, 0.05)}
 

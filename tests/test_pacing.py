@@ -7,8 +7,8 @@ from datetime import timedelta
 import pytest
 from records import make_record
 
-from flask_usage_metrics import pacing
-from flask_usage_metrics.storage.sql_table import to_columns
+from flask_usage_metrics.runtime import gil as pacing
+from flask_usage_metrics.storage.sql.table import to_columns
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from front_door import Site
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_usage_metrics.privacy import shorten
+from flask_usage_metrics.enrich.privacy.policy import shorten
 
 Make = Callable[..., Site]
 

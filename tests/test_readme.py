@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from flask_usage_metrics import UsageRecord, open_storage
-from flask_usage_metrics.metrics import DESCRIPTIONS
-from flask_usage_metrics.query import EQUALITY_FILTERS
-from flask_usage_metrics.settings import KEYS
+from flask_usage_metrics.extension.settings import KEYS
+from flask_usage_metrics.metrics.names import DESCRIPTIONS
+from flask_usage_metrics.records.query import EQUALITY_FILTERS
 from flask_usage_metrics.storage import Storage
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ from front_door import Site
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_usage_metrics.enrichment import _moments
-from flask_usage_metrics.record_ids import NUMBER_BITS, record_ids
+from flask_usage_metrics.enrich.enricher import _moments
+from flask_usage_metrics.records.ids import NUMBER_BITS, record_ids
 
 LATEST_NS = 2**48 * 1_000_000 - 1
 NUMBERS = st.integers(0, 2**NUMBER_BITS - 1)
@@ -66,7 +66,7 @@ def test_a_clock_that_is_far_off_loses_no_record(
     site = make_site()
     site.app.add_url_rule("/", "index", lambda: "hello")
     site.get()
-    monkeypatch.setattr("flask_usage_metrics.capture.time_ns", lambda: clock)
+    monkeypatch.setattr("flask_usage_metrics.capture.middleware.time_ns", lambda: clock)
     site.get()
     monkeypatch.undo()
     site.get()

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from werkzeug.routing import BaseConverter, Map, Rule
 
+from flask_usage_metrics.enrich.privacy.redaction import REDACTED, Redactor
 from flask_usage_metrics.errors import ConfigError
-from flask_usage_metrics.redaction import REDACTED, Redactor
 
 JWT = (
     "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0."

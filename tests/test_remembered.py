@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flask_usage_metrics.remembered import Remembered
+from flask_usage_metrics.runtime.caches import Remembered
 
 
 class Maker:

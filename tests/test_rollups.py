@@ -23,13 +23,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import UTC, make_record
 
-from flask_usage_metrics import UsageRecord, delivery
-from flask_usage_metrics.query import Summary, summarize_records
+from flask_usage_metrics import UsageRecord
+from flask_usage_metrics.pipeline.delivery import sink as delivery
+from flask_usage_metrics.records.query import Summary, summarize_records
 from flask_usage_metrics.storage import Storage
 from flask_usage_metrics.storage.jsonl import JSONLinesStorage
-from flask_usage_metrics.storage.rollup_tables import DIMENSIONS
-from flask_usage_metrics.storage.rollups import mark_late
 from flask_usage_metrics.storage.sql import SQLStorage
+from flask_usage_metrics.storage.sql.rollup_tables import DIMENSIONS
+from flask_usage_metrics.storage.sql.rollups import mark_late
 
 pytest_plugins = ["sql_servers"]
 

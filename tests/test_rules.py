@@ -18,7 +18,7 @@ import requests
 from gunicorn_server import Gunicorn, until
 from prometheus_server import Prometheus
 
-from flask_usage_metrics.metrics import DESCRIPTIONS
+from flask_usage_metrics.metrics.names import DESCRIPTIONS
 
 RULES = Path(__file__).parent.parent / "grafana" / "rules"
 CASES = sorted(path.name for path in RULES.glob("tests/*.yml"))

@@ -22,10 +22,10 @@ from records import START, make_record
 
 from flask_usage_metrics.errors import StorageUnavailable
 from flask_usage_metrics.storage import open_storage
-from flask_usage_metrics.storage.dialects import open_dialect
-from flask_usage_metrics.storage.schema import Component, Schema, Step
 from flask_usage_metrics.storage.sql import VERSION, SQLStorage
-from flask_usage_metrics.storage.sql_table import COLUMN_NAMES, KEY, TEXT, Index
+from flask_usage_metrics.storage.sql.dialects import open_dialect
+from flask_usage_metrics.storage.sql.schema import Component, Schema, Step
+from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, KEY, TEXT, Index
 
 if TYPE_CHECKING:
     from sql_servers import MariaDB, PostgreSQL, Server
@@ -463,7 +463,7 @@ def test_who_may_only_read_can_read(postgresql: PostgreSQL) -> None:
 def test_a_table_somebody_holds_is_not_waited_for_long(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_usage_metrics.storage.database.BUSY_SECONDS", 0.5)
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.database.BUSY_SECONDS", 0.5)
     with server.emptied() as url:
         make_old(url)
         engine = sa.create_engine(url)
@@ -496,7 +496,7 @@ def test_another_process_that_upgrades_is_waited_for(database: str) -> None:
 def test_a_lock_that_is_never_given_back_is_unavailable(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_usage_metrics.storage.database.BUSY_SECONDS", 0.2)
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.database.BUSY_SECONDS", 0.2)
     with server.storage() as storage:
         other = open_dialect(server.url)
         with (

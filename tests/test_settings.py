@@ -9,7 +9,7 @@ from flask import Flask
 from prometheus_client import CollectorRegistry
 
 from flask_usage_metrics import ConfigError, TrackUsage
-from flask_usage_metrics.settings import KEYS, read
+from flask_usage_metrics.extension.settings import KEYS, read
 
 
 def track(**config: Any) -> None:

@@ -23,11 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import make_record, make_records
 
-from flask_usage_metrics import StorageUnavailable, UsageRecord, delivery, open_storage
-from flask_usage_metrics.account import Account
-from flask_usage_metrics.delivery import Sink
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.spool import Spool
+from flask_usage_metrics import StorageUnavailable, UsageRecord, open_storage
+from flask_usage_metrics.metrics.sink_counts import Account
+from flask_usage_metrics.pipeline.delivery import sink as delivery
+from flask_usage_metrics.pipeline.delivery.sink import Sink
+from flask_usage_metrics.pipeline.delivery.spool import Spool
+from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.storage import Writer
 
 TESTS = Path(__file__).parent
@@ -39,11 +40,11 @@ sys.path.insert(0, {str(TESTS)!r})
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork
 from records import make_record, make_records
 from flask_usage_metrics import StorageUnavailable, open_storage
-from flask_usage_metrics.delivery import Sink
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.spool import Spool
+from flask_usage_metrics.pipeline.delivery.sink import Sink
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.pipeline.delivery.spool import Spool
 from flask_usage_metrics.storage import Writer
-from flask_usage_metrics.account import Account
+from flask_usage_metrics.metrics.sink_counts import Account
 """
 
 
@@ -484,7 +485,7 @@ def test_a_loss_is_counted_once_though_it_is_passed_unread(tmp_path: Path, passe
 def test_a_file_that_somebody_removed_first_is_not_adopted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flask_usage_metrics import segment
+    from flask_usage_metrics.pipeline.delivery import segment
 
     dead = Spool(tmp_path, LARGE)
     dead.append(make_records(3))
@@ -808,7 +809,7 @@ def test_a_folder_that_cannot_be_written_leaves_memory(
 def test_a_disk_that_has_room_again_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flask_usage_metrics import backlog
+    from flask_usage_metrics.pipeline.delivery import backlog
 
     monkeypatch.setattr(backlog, "_SPOOL_PAUSE_SECONDS", 0.01)
     obstacle = tmp_path / "spool"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from front_door import Site, samples
 
-from flask_usage_metrics.state import (
+from flask_usage_metrics.runtime.state_dir import (
     Generation,
     State,
     StateUnavailable,
@@ -314,7 +314,10 @@ def test_keys_and_apps_are_separate(tmp_path: Path, home: Path) -> None:
     assert all(path.parent == tmp_path / "place" for path in homes)
     assert siblings_key() == siblings_key()
     assert siblings_key() != process_key()
-    code = "from flask_usage_metrics.state import *; print(siblings_key()); print(process_key())"
+    code = (
+        "from flask_usage_metrics.runtime.state_dir import process_key, siblings_key\n"
+        "print(siblings_key())\nprint(process_key())"
+    )
     keys = [
         subprocess.run(
             [sys.executable, "-c", code],

@@ -23,8 +23,8 @@ from storage_contract import StorageContract
 
 from flask_usage_metrics.errors import ConfigError, StorageError, StorageUnavailable
 from flask_usage_metrics.storage import open_storage
-from flask_usage_metrics.storage.dialects import json_batch
 from flask_usage_metrics.storage.sql import SQLStorage
+from flask_usage_metrics.storage.sql.dialects import json_batch
 
 if TYPE_CHECKING:
     from sql_servers import MariaDB, PostgreSQL, Server

@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 from storage_contract import StorageContract, same
 
 from flask_usage_metrics.errors import ConfigError, StorageError, StorageUnavailable
-from flask_usage_metrics.query import summarize_records
+from flask_usage_metrics.records.query import summarize_records
 from flask_usage_metrics.storage import open_storage
 from flask_usage_metrics.storage.sql import SQLStorage
 
@@ -608,7 +608,7 @@ def test_prune_empties_the_write_ahead_log(storage: SQLStorage, file: Path) -> N
 def test_readers_who_never_pause_do_not_let_the_log_grow_without_bound(
     storage: SQLStorage, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_usage_metrics.storage.dialects.sqlite.WAL_BYTES", 2_000_000)
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.dialects.sqlite.WAL_BYTES", 2_000_000)
     storage.write([make_record()])
     done = threading.Event()
 

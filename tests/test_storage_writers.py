@@ -14,13 +14,13 @@ import pytest
 from records import START, make_record, make_records
 
 from flask_usage_metrics.errors import ConfigError, RecordsRejected
-from flask_usage_metrics.query import Every, Filter, Order, Summary, summarize_records
-from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.records.query import Every, Filter, Order, Summary, summarize_records
+from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.storage import Storage, Writer, as_writer, open_storage
+from flask_usage_metrics.storage.compat import UserAgent
 from flask_usage_metrics.storage.jsonl import JSONLinesStorage
 from flask_usage_metrics.storage.output import OutputWriter
 from flask_usage_metrics.storage.printer import PrintStorage, PrintWriter
-from flask_usage_metrics.storage.shapes import UserAgent
 from flask_usage_metrics.storage.sql import SQLStorage
 from flask_usage_metrics.storage.writer import CallableWriter
 

@@ -25,9 +25,9 @@ from storage_contract import SUMS
 from flask_usage_metrics import StorageUnavailable, UsageRecord, summarization
 from flask_usage_metrics.errors import ConfigError, RecordsRejected
 from flask_usage_metrics.storage import Storage, Writer
+from flask_usage_metrics.storage.compat import as_dict
 from flask_usage_metrics.storage.jsonl import JSONLinesStorage
 from flask_usage_metrics.storage.printer import PrintStorage
-from flask_usage_metrics.storage.shapes import as_dict
 from flask_usage_metrics.storage.sql import SQLStorage
 from flask_usage_metrics.summarization import Summation, find_summation, sumGeo, sumUrl, sumUrls
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from records import START, make_record
 
-from flask_usage_metrics.exemplars import Row, pack
-from flask_usage_metrics.totals_file import Gauges, Key, Numbers, TotalsFile
+from flask_usage_metrics.metrics.exemplars import Row, pack
+from flask_usage_metrics.metrics.shared_totals import Gauges, Key, Numbers, TotalsFile
 
 GAUGES = Gauges(0, {}, {}, True)
 A: Key = ("requests", ("GET", "a"))
@@ -156,7 +156,7 @@ def test_sums_are_exact_among_processes_that_are_killed(path: Path) -> None:
     script = """
 import sqlite3, sys, time
 from pathlib import Path
-from flask_usage_metrics.totals_file import Gauges, TotalsFile
+from flask_usage_metrics.metrics.shared_totals import Gauges, TotalsFile
 file = TotalsFile(Path(sys.argv[1]))
 number = 0
 while True:

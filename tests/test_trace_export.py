@@ -36,8 +36,8 @@ from opentelemetry.util._once import Once
 from otlp_receiver import Received, Receiver
 
 from flask_usage_metrics import ConfigError, open_storage
-from flask_usage_metrics.spans import SCHEMA_URL
 from flask_usage_metrics.storage import Storage
+from flask_usage_metrics.traces.conventions import SCHEMA_URL
 
 Make = Callable[..., Site]
 SDK = tuple(int(part) for part in version("opentelemetry-sdk").split(".")[:2])

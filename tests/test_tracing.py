@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, TraceIdRatioBased
 
 from flask_usage_metrics import ConfigError
-from flask_usage_metrics.enrichment import Enricher
+from flask_usage_metrics.enrich.enricher import Enricher
 
 Make = Callable[..., Site]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

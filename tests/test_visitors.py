@@ -20,10 +20,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.state import State, digest
-from flask_usage_metrics.visitor_tally import VisitorTally
-from flask_usage_metrics.visitors import GRACE_SECONDS, VisitorIds
+from flask_usage_metrics.enrich.visitors.daily_ids import GRACE_SECONDS, VisitorIds
+from flask_usage_metrics.enrich.visitors.tally import VisitorTally
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.state_dir import State, digest
 
 DAY = 86_400.0
 MIDNIGHT = 20_000 * DAY
@@ -231,9 +231,9 @@ def test_processes_that_start_together_agree(tmp_path: Path) -> None:
     script = """
 import os, sys
 from pathlib import Path
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.state import State
-from flask_usage_metrics.visitors import VisitorIds
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
 for number in range(10):
     state = State([Path(sys.argv[1]) / str(number)], "shop")
     start, go = os.pipe()
@@ -440,9 +440,9 @@ def test_a_full_disk_harms_nobody(tmp_path: Path) -> None:
     script = """
 import resource, sys
 from pathlib import Path
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.state import State
-from flask_usage_metrics.visitors import VisitorIds
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
 state, faults = State([Path(sys.argv[1])], "shop"), Faults()
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 made = []
@@ -464,9 +464,9 @@ print(faults.counts())
 FORK = """
 import os, sys
 from pathlib import Path
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.state import State
-from flask_usage_metrics.visitors import VisitorIds
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
 state = State([Path(sys.argv[1])], "shop") if sys.argv[1] else None
 ids = VisitorIds(state, "shop", Faults(), clock=lambda: 86400.0)
 print(ids.identify(86400.0, "203.0.113.9", "", ""), flush=True)
@@ -857,9 +857,9 @@ def test_any_text_may_be_an_id(
 CROWD = """
 import os, sys, threading
 from pathlib import Path
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.state import State
-from flask_usage_metrics.visitor_tally import VisitorTally
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 state, faults = State([Path(sys.argv[1])], "shop"), Faults()
 start, go = os.pipe()
 children = []
@@ -905,9 +905,9 @@ def test_the_number_is_exact_among_processes_and_threads(tmp_path: Path) -> None
 ADD_FOREVER = """
 import sys, time
 from pathlib import Path
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.state import State
-from flask_usage_metrics.visitor_tally import VisitorTally
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 tally = VisitorTally(State([Path(sys.argv[1])], "shop"), "shop", Faults(),
                      clock=lambda: float(sys.argv[2]))
 print("ready", flush=True)
@@ -942,9 +942,9 @@ def test_the_number_is_exact_after_a_kill_in_the_middle(shop: Shop, tmp_path: Pa
 FORKED = """
 import os, sys
 from pathlib import Path
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.state import State
-from flask_usage_metrics.visitor_tally import VisitorTally
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 tally = VisitorTally(State([Path(sys.argv[1])], "shop") if sys.argv[1] else None, "shop", Faults(),
                      clock=lambda: 86400.0)
 tally.add([(86400.0, "parent")])
@@ -978,9 +978,9 @@ def test_a_fork_in_the_middle_of_a_visit_blocks_no_child(tmp_path: Path) -> None
     script = """
 import os, sys, threading, warnings
 from pathlib import Path
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.state import State
-from flask_usage_metrics.visitor_tally import VisitorTally
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 warnings.simplefilter("ignore")  # of a fork beside threads
 state = State([Path(sys.argv[1])], "shop")
 tally = VisitorTally(state, "shop", Faults(), clock=lambda: 86400.0)
@@ -1124,9 +1124,9 @@ def test_a_full_disk_delays_but_loses_nothing(tmp_path: Path) -> None:
     script = """
 import logging, resource, sys, time
 from pathlib import Path
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.state import State
-from flask_usage_metrics.visitor_tally import VisitorTally
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 logging.disable()
 faults = Faults()
 tally = VisitorTally(State([Path(sys.argv[1])], "shop"), "shop", faults, clock=lambda: 86400.0)

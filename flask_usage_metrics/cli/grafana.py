@@ -8,15 +8,15 @@ from pathlib import Path
 import click
 from flask import current_app
 
-from flask_usage_metrics import settings
 from flask_usage_metrics.cli.group import Refused, amount, tracked, usage
-from flask_usage_metrics.monitoring import (
+from flask_usage_metrics.cli.monitoring_files import (
     DEFAULT_TARGET,
     TOKEN_FILE,
     Differs,
     make_files,
     write_files,
 )
+from flask_usage_metrics.extension import settings
 
 
 @usage.command(

@@ -12,12 +12,11 @@ from typing import Any
 import click
 from flask import current_app
 
-from flask_usage_metrics import settings
 from flask_usage_metrics.cli.group import Interrupted, Refused, amount, readable, usage
 from flask_usage_metrics.cli.times import exactly, to_the_minute, when
 from flask_usage_metrics.errors import ConfigError, StorageError
-from flask_usage_metrics.extension import own_version
-from flask_usage_metrics.replay import NotTaken, Replay
+from flask_usage_metrics.extension import own_version, settings
+from flask_usage_metrics.traces.replay import NotTaken, Replay
 
 
 @usage.command(

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from flask_usage_metrics.address import normalise
-from flask_usage_metrics.query import (
+from flask_usage_metrics.records.address import normalise
+from flask_usage_metrics.records.query import (
     BUCKETS,
     Every,
     Filter,
@@ -22,8 +22,8 @@ from flask_usage_metrics.query import (
     check_grouping,
     summarize_records,
 )
-from flask_usage_metrics.record import UsageRecord
-from flask_usage_metrics.storage.shapes import as_usage_item
+from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.storage.compat import as_usage_item
 from flask_usage_metrics.storage.writer import Writer
 from flask_usage_metrics.summarization import Summation, find_summation, sum_up
 

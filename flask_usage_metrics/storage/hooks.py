@@ -7,7 +7,7 @@ from inspect import Parameter, iscoroutinefunction, signature
 from typing import Any
 
 from flask_usage_metrics.errors import ConfigError
-from flask_usage_metrics.query import as_tuple
+from flask_usage_metrics.records.query import as_tuple
 from flask_usage_metrics.summarization import KNOWN, Summation, find_summation
 
 

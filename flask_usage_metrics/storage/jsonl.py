@@ -14,8 +14,8 @@ from typing import IO
 import msgspec
 
 from flask_usage_metrics.errors import ConfigError, StorageUnavailable
-from flask_usage_metrics.query import Filter, Order, as_utc
-from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.records.query import Filter, Order, as_utc
+from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.storage.base import Storage
 
 try:

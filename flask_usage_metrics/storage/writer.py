@@ -9,9 +9,9 @@ from math import inf
 from typing import Any, cast
 
 from flask_usage_metrics.errors import ConfigError, RecordsRejected
-from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.storage.compat import as_dict
 from flask_usage_metrics.storage.hooks import as_hooks
-from flask_usage_metrics.storage.shapes import as_dict
 from flask_usage_metrics.summarization import Summation
 
 

@@ -15,16 +15,16 @@ from statistics import median
 from time import process_time, time, time_ns
 from typing import Any
 
-from flask_usage_metrics import clients
-from flask_usage_metrics.address import TrustedProxies, normalise
-from flask_usage_metrics.country import make_locator
-from flask_usage_metrics.enrichment import Enricher
-from flask_usage_metrics.faults import Faults
-from flask_usage_metrics.observation import Extras, Observation, environ_texts
-from flask_usage_metrics.privacy import PRESETS, Policy
-from flask_usage_metrics.pseudonyms import Pseudonyms
-from flask_usage_metrics.state import State
-from flask_usage_metrics.visitors import VisitorIds
+from flask_usage_metrics.enrich import clients
+from flask_usage_metrics.enrich.country import make_locator
+from flask_usage_metrics.enrich.enricher import Enricher
+from flask_usage_metrics.enrich.privacy.policy import PRESETS, Policy
+from flask_usage_metrics.enrich.privacy.pseudonyms import Pseudonyms
+from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
+from flask_usage_metrics.records.address import TrustedProxies, normalise
+from flask_usage_metrics.records.observation import Extras, Observation, environ_texts
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.state_dir import State
 
 from .report import Figure
 from .variants import requests

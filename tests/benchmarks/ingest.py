@@ -32,10 +32,10 @@ import pytest
 import sql_servers
 from records import make_record
 
-from flask_usage_metrics.delivery import BATCH_RECORDS
-from flask_usage_metrics.record import UsageRecord
+from flask_usage_metrics.pipeline.delivery.sink import BATCH_RECORDS
+from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.storage import open_storage
-from flask_usage_metrics.storage.sql_table import COLUMN_NAMES, to_columns
+from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, to_columns
 
 from .report import Figure
 from .variants import USER_AGENTS

@@ -29,7 +29,7 @@ import sqlalchemy as sa
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from flask_usage_metrics.storage.sql import SQLStorage
-from flask_usage_metrics.storage.sql_table import COLUMN_NAMES
+from flask_usage_metrics.storage.sql.table import COLUMN_NAMES
 
 from .ingest import AT_ONCE, make_batch, started
 from .report import Figure, table

@@ -36,9 +36,9 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from flask_usage_metrics import TrackUsage
-from flask_usage_metrics.collector import collector_of
-from flask_usage_metrics.country.answer import ISO_CODES
-from flask_usage_metrics.metrics import DURATION, REQUEST_LABELS, REQUESTS, Shape
+from flask_usage_metrics.enrich.country.answer import ISO_CODES
+from flask_usage_metrics.metrics.exposition.collector import collector_of
+from flask_usage_metrics.metrics.names import DURATION, REQUEST_LABELS, REQUESTS, Shape
 
 # To be run by itself, too.
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -1,0 +1,1 @@
+"""In the request's own thread: a request -> one Observation."""

@@ -1,0 +1,1 @@
+"""In the worker: an Observation -> the UsageRecord."""

@@ -1,0 +1,200 @@
+"""Asking a slow source on a thread of its own: once an address, with bounds for everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from queue import SimpleQueue
+from threading import Condition, Thread, current_thread
+from typing import Protocol
+
+import msgspec
+
+from flask_usage_metrics.enrich.country.answer import KNOWN, UNKNOWN, Answer
+from flask_usage_metrics.enrich.country.limits import Limits
+from flask_usage_metrics.runtime.faults import Faults
+
+THREAD_NAME = "flask_usage_metrics country"
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What a slow source said.
+
+    Attributes:
+        country: A code of `ISO_CODES`; None: unknown.
+        keep_seconds: How long not to ask again.
+        ip_info: A JSON object; as text it is an eighth of the size of the dict, and whoever gets
+            an answer gets a dict that nobody else changes.
+    """
+
+    country: str | None
+    keep_seconds: float
+    ip_info: bytes | None = None
+
+
+class SlowSource(Protocol):
+    """A source that may block."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is worth a few milliseconds of a scrape."""
+
+    def accepts(self, address: str) -> bool:
+        """Tell whether it may be asked for an address, now; never blocks."""
+
+    def asking(self) -> AbstractContextManager[Callable[[str], Reply]]:
+        """Hand out what asks, for one thread."""
+
+
+class Asker:
+    """A `Source` that answers None while its slow source is being asked.
+
+    `locate` is called by one thread at a time; the asking thread shares the condition with it.
+
+    Args:
+        source: Whom to ask.
+        bell: Rung when an answer arrived; guards all that is shared.
+        limits: How many, how long.
+        faults: Where failures are reported.
+    """
+
+    is_static = False
+
+    def __init__(self, source: SlowSource, bell: Condition, limits: Limits, faults: Faults) -> None:
+        self.is_local = source.is_local
+        self.arrived = 0
+        self._source = source
+        self._limits = limits
+        self._faults = faults
+        self.reset_after_fork(bell)
+
+    def reset_after_fork(self, bell: Condition) -> None:
+        """Forget thread, questions and answers, which may be half-way in another's hands."""
+        self._bell = bell
+        self._kept: dict[str, tuple[float, Reply]] = {}
+        self._kept_bytes = 0
+        self._deadlines: dict[str, float] = {}
+        self._questions: SimpleQueue[str | None] = SimpleQueue()
+        self._thread: Thread | None = None
+        self._asking_since: float | None = None
+        self._left_behind: list[Thread] = []
+
+    def locate(self, address: str | None, headers: tuple[str, ...], trusted: bool) -> Answer | None:
+        """Answer what is kept; else ask, once, and answer None until the deadline."""
+        if address is None:
+            return UNKNOWN
+        now = self._limits.clock()
+        with self._bell:
+            reply = self._find(address, now)
+            deadline = self._deadlines.get(address)
+            late = reply is None and deadline is not None and now >= deadline
+            if late:
+                self._deadlines[address] = float("-inf")
+        if reply is not None:
+            if reply.ip_info is None:
+                return UNKNOWN if reply.country is None else KNOWN[reply.country]
+            return Answer(reply.country, msgspec.json.decode(reply.ip_info))
+        if deadline is None:
+            return self._ask(address, now)
+        if not late:
+            return None
+        if deadline > float("-inf"):
+            self._report("a slow country source did not answer in time")
+        return UNKNOWN
+
+    def next_deadline(self) -> float | None:
+        """Return when the first question under way is given up; None without one. Hold the bell."""
+        now = self._limits.clock()
+        return min((moment for moment in self._deadlines.values() if moment > now), default=None)
+
+    def close(self) -> None:
+        """Forget all questions and end the thread; the next question starts another."""
+        thread, self._thread = self._thread, None
+        self._questions.put(None)
+        self._questions = SimpleQueue()
+        with self._bell:
+            self._deadlines.clear()
+            self._bell.notify_all()
+        if thread is not None:
+            thread.join(1.0)
+
+    # ---------------------------------------------------------------- the thread that calls locate
+
+    def _find(self, address: str, now: float) -> Reply | None:
+        kept = self._kept.pop(address, None)
+        if kept is None:
+            return None
+        if now < kept[0]:
+            self._kept[address] = kept  # last again: the least recently used is first
+            return kept[1]
+        self._kept_bytes -= len(kept[1].ip_info or b"")
+        return None
+
+    def _ask(self, address: str, now: float) -> Answer | None:
+        if not self._source.accepts(address):
+            return UNKNOWN
+        self._ensure_thread(now)
+        with self._bell:
+            full = len(self._deadlines) >= self._limits.questions
+            if not full:
+                self._deadlines[address] = now + self._limits.deadline_seconds
+        if full:
+            self._report("too many questions for a slow country source")
+            return UNKNOWN
+        self._questions.put(address)
+        return None
+
+    def _ensure_thread(self, now: float) -> None:
+        # Raises RuntimeError when there can be no more threads, or at the interpreter's end.
+        thread = self._thread
+        if thread is not None and thread.is_alive():
+            since = self._asking_since
+            if since is None or now - since < self._limits.stuck_seconds:
+                return
+            # It may hang for ever, as in a socket without a timeout; and perhaps not the next one.
+            self._left_behind = [left for left in self._left_behind if left.is_alive()]
+            if len(self._left_behind) >= self._limits.stuck_threads:
+                return
+            self._left_behind.append(thread)
+        self._thread = Thread(
+            target=self._run, args=(self._questions,), name=THREAD_NAME, daemon=True
+        )
+        self._asking_since = None
+        self._thread.start()
+
+    # ---------------------------------------------------------------- the thread that asks
+
+    def _run(self, questions: SimpleQueue[str | None]) -> None:
+        with self._source.asking() as ask:
+            while (address := questions.get()) is not None:
+                self._asking_since = self._limits.clock()
+                reply = None
+                try:
+                    if self._source.accepts(address):  # a pause may have begun
+                        reply = ask(address)
+                except BaseException as error:  # noqa: BLE001 - the app's, which may even exit()
+                    self._faults.report("country", error, "a country is unknown")
+                    reply = Reply(None, self._limits.keep_raised_seconds)
+                self._settle(address, reply)
+                if self._thread is not current_thread():
+                    return  # left behind or closed; another one asks, if any
+                self._asking_since = None
+
+    def _settle(self, address: str, reply: Reply | None) -> None:
+        with self._bell:
+            self._deadlines.pop(address, None)
+            if reply is not None:
+                self._keep(address, reply)
+            self.arrived += 1
+            self._bell.notify_all()
+
+    def _keep(self, address: str, reply: Reply) -> None:
+        limits = self._limits
+        self._kept[address] = (limits.clock() + reply.keep_seconds, reply)
+        self._kept_bytes += len(reply.ip_info or b"")
+        while len(self._kept) > limits.answers or self._kept_bytes > limits.answers_bytes:
+            oldest = next(iter(self._kept))
+            self._kept_bytes -= len(self._kept.pop(oldest)[1].ip_info or b"")
+
+    def _report(self, what: str) -> None:
+        self._faults.report("country", what, "a country is unknown")

@@ -1,0 +1,138 @@
+"""What is kept of a request: addresses shortened, secrets replaced, names taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from ipaddress import ip_address
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from flask_usage_metrics.enrich.privacy.pseudonyms import Pseudonyms
+from flask_usage_metrics.enrich.privacy.redaction import REDACTED, Redactor
+
+Preset = Literal["full", "balanced", "strict"]
+
+PRESETS = ("full", "balanced", "strict")
+"""From what flask-track-usage kept to what identifies nobody."""
+
+REFUSALS = ("HTTP_SEC_GPC", "HTTP_DNT")
+"""WSGI names of the headers by which a visitor asks not to be known, being ``"1"``: Global Privacy
+Control (W3C) and its predecessor, Tracking Preference Expression."""
+
+_KEPT_BITS = {4: 24, 6: 48}
+"""What `balanced` keeps of an address, by the version of IP."""
+
+Values = dict[str, Any]
+"""JSON values by name."""
+
+
+class Policy:
+    """Cleans what is known of a request, before anybody else has it.
+
+    So it is with what it is sent to, counted by, shown in. Country and visitor are found first;
+    both need the whole address.
+
+    Args:
+        preset: How much is kept.
+        redact: Parts of names whose values are secret, besides the usual ones.
+        respects_refusals: Whether visitors who send one of `REFUSALS` are kept nameless.
+        pseudonyms: What user names become with ``"balanced"``.
+
+    Attributes:
+        headers: WSGI names of the headers of which a visitor who refuses to be known sends one
+            as ``"1"``.
+        keeps_visitors: Whether records may tell visitors apart.
+        is_nameless: Whether everybody is kept nameless: without address, X-Forwarded-For, visitor,
+            user name and user agent. So are those who refuse to be known.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        redact: Sequence[str],
+        *,
+        respects_refusals: bool,
+        pseudonyms: Pseudonyms,
+    ) -> None:
+        self.headers = REFUSALS if respects_refusals else ()
+        self.is_nameless = preset == "strict"
+        self.keeps_visitors = not self.is_nameless
+        self._is_full = preset == "full"
+        self._redactor = Redactor(redact, emails=not self._is_full)
+        self._pseudonyms = pseudonyms
+
+    def target(
+        self, path: str, query: str, rule: str | None, arguments: Values | None
+    ) -> tuple[str, str, Values | None]:
+        """Return what is kept of the path, of the query string and of the view's arguments.
+
+        Args:
+            path: Below the app's root.
+            query: As it came.
+            rule: The URL rule; None when no route matched.
+            arguments: JSON values.
+        """
+        if self.is_nameless:
+            return rule or "", "", None if arguments is None else {}
+        redactor = self._redactor
+        values = redactor.values(arguments) if arguments else arguments
+        # Most requests have nothing of the kind, and need not be aligned with their rule.
+        if values is not arguments or (rule is not None and redactor.is_secret_rule(rule)):
+            path = redactor.path(path, rule, arguments)
+        else:
+            path = redactor.path(path)
+        return path, redactor.query(query) if self._is_full else "", values
+
+    def address(self, address: str | None) -> str | None:
+        """Return what is kept of an address."""
+        if self.is_nameless:
+            return None
+        return address if self._is_full else shorten(address)
+
+    def header(self, text: str | None) -> str | None:
+        """Return what is kept of X-Forwarded-For, or of the user agent."""
+        return text if self._is_full else None
+
+    def ip_info(self, info: Values) -> Values | None:
+        """Return what is kept of what an HTTP country service answered."""
+        return info if self._is_full else None
+
+    def referrer(self, url: str) -> str | None:
+        """Return what is kept of a Referer header."""
+        if self.is_nameless:
+            return None
+        return self._redactor.url(url) or None if self._is_full else _host(url)
+
+    def username(self, name: str) -> str | None:
+        """Return what is kept of a user's name."""
+        return name if self._is_full else self._pseudonyms.of(name)
+
+    def consumer(self, name: str) -> str:
+        """Return what is kept of an API client's name."""
+        # The app may have named the key, in place of its owner.
+        return REDACTED if self._redactor.is_secret_text(name) else name
+
+    def variables(self, values: Values) -> Values:
+        """Return what is kept of ``g.track_var``."""
+        return {} if self.is_nameless else self._redactor.variables(values)
+
+
+@lru_cache(8192)
+def shorten(address: str | None) -> str | None:
+    """Return the network of an address: /24 of IPv4, /48 of IPv6, which many people share."""
+    if address is None:
+        return None
+    parsed = ip_address(address)
+    gone = parsed.max_prefixlen - _KEPT_BITS[parsed.version]
+    kept = int(parsed) >> gone << gone
+    # By its own class: a small number of an IPv6 address would be taken for IPv4.
+    return str(type(parsed)(kept))
+
+
+def _host(url: str) -> str | None:
+    """Return the host of a referrer; None if it names none."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None

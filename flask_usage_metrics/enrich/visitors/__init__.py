@@ -1,0 +1,1 @@
+"""Who came again, without and with a cookie, and how many there were."""

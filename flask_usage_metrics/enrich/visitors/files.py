@@ -1,0 +1,88 @@
+"""Where an app keeps what it knows of a day's visitors: a file for the key, one for the tally."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+
+from flask_usage_metrics.runtime.state_dir import (
+    State,
+    StateUnavailable,
+    check_private,
+    digest,
+    make_private,
+)
+
+DAY_SECONDS = 86_400
+_EPOCH = date(1970, 1, 1).toordinal()
+
+_NAME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})\.(?:key|sqlite3(?:-wal|-shm|-journal)?)")
+
+
+class VisitorFiles:
+    """The folder of one app, in whichever of the places it is: the preferred one may be a new one.
+
+    Days are counted since the epoch, in UTC.
+
+    Args:
+        state: Where the app's processes keep what they share; None: nowhere.
+        app: What no other app in the same place has.
+    """
+
+    def __init__(self, state: State | None, app: str) -> None:
+        self._state = state
+        self._name = f"visitors-{digest(app)}"
+
+    def keys(self, day: int) -> list[Path]:
+        """Return where a day's key can be."""
+        return [folder / f"{_text(day)}.key" for folder in self._folders(self._name)]
+
+    def new_key(self, day: int) -> Path:
+        """Return where a day's key is to be; the folder is made.
+
+        Raises:
+            OSError: It cannot be made.
+            StateUnavailable: There is no place that is ours alone.
+        """
+        return self._made() / f"{_text(day)}.key"
+
+    def tallies(self, day: int) -> list[Path]:
+        """Return where a day's tally can be."""
+        return [folder / f"{_text(day)}.sqlite3" for folder in self._folders(self._name)]
+
+    def new_tally(self, day: int) -> Path:
+        """Return where a day's tally is to be, as `new_key` does."""
+        return self._made() / f"{_text(day)}.sqlite3"
+
+    def all(self) -> Iterator[tuple[int, Path]]:
+        """Yield day and path of every file; others of other names are none of our business.
+
+        Also of what the app was before its storages were changed: nobody else will look after it.
+        """
+        for folder in self._folders("visitors-*"):
+            with suppress(OSError):
+                for path in folder.iterdir():
+                    match = _NAME.fullmatch(path.name)
+                    with suppress(ValueError):
+                        if match is not None:
+                            yield date.fromisoformat(match[1]).toordinal() - _EPOCH, path
+
+    def _made(self) -> Path:
+        if self._state is None:
+            raise StateUnavailable("none is configured")
+        return make_private(self._state.home() / self._name)
+
+    def _folders(self, pattern: str) -> Iterator[Path]:
+        for home in self._state.homes() if self._state is not None else ():
+            with suppress(OSError):
+                for folder in home.glob(pattern):
+                    with suppress(StateUnavailable):
+                        check_private(folder)
+                        yield folder
+
+
+def _text(day: int) -> str:
+    return str(date.fromordinal(_EPOCH + day))

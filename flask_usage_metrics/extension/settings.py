@@ -1,0 +1,354 @@
+"""Every TRACK_USAGE_* key of an app: read once, checked once, plain values after."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from math import inf
+from typing import Any
+
+import msgspec
+
+from flask_usage_metrics.enrich.privacy.policy import PRESETS, Preset
+from flask_usage_metrics.enrich.privacy.redaction import Redactor
+from flask_usage_metrics.errors import ConfigError
+from flask_usage_metrics.metrics.names import LABELS, REQUEST_LABELS, Shape
+from flask_usage_metrics.metrics.objectives import Objective, parse_objectives
+from flask_usage_metrics.records.address import TrustedProxies
+from flask_usage_metrics.records.query import BUCKETS
+
+PREFIX = "TRACK_USAGE_"
+
+_LEAST_SPOOL_BYTES = 1024 * 1024
+"""With less, what is dropped at a time would be most of what waits."""
+
+
+_MOST_DAYS = 36_525
+"""A century: enough for everybody, and never before the year 1."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The configuration of one app.
+
+    Attributes:
+        include_only: Track only what is included; otherwise all but what is excluded.
+        storage: A URL, a storage, a callable, or a list of these; None: the default file.
+        metrics_path: Path of the Prometheus exposition; None: no route.
+        metrics_token: Bearer token a scrape must show; None: everybody may read.
+        exclude: Endpoint globs, or path globs when they start with ``/``.
+        country: See `country.make_locator`.
+        trusted_proxies: Who may say whom they speak for.
+        use_freegeoip: Whether an HTTP service is asked for the country, as flask-track-usage did.
+        freegeoip_endpoint: Its URL, with ``{ip}`` where the address goes.
+        cookie: Whether people get a cookie that tells them apart.
+        daily_visitors: Whether visitors are told apart, for a day, without one.
+        privacy: See `privacy.Policy`.
+        redact: Parts of names whose values are secret, besides the usual ones.
+        respect_gpc: Whether visitors may ask not to be known.
+        traces: Whether requests have spans, or the SpanExporter these go to.
+        traces_enduser: Whether spans name the user.
+        shape: Labels, buckets, bound and objectives of the Prometheus families.
+        buffer_records: How many records may wait in front of each storage.
+        flush_seconds: Seconds a record waits for others to be written with.
+        inline: Whether a request waits until its record is written.
+        state_dir: Where the app's processes keep what they share; None: see `state`.
+        spool_bytes: What may wait on disk for each storage that is down.
+        retention_days: How many days records are kept; None: for ever.
+    """
+
+    include_only: bool
+    storage: Any
+    metrics_path: str | None
+    metrics_token: str | None
+    exclude: tuple[str, ...]
+    country: Any
+    trusted_proxies: TrustedProxies
+    use_freegeoip: bool
+    freegeoip_endpoint: str | None
+    cookie: bool
+    daily_visitors: bool
+    privacy: Preset
+    redact: tuple[str, ...]
+    respect_gpc: bool
+    traces: Any
+    traces_enduser: bool
+    shape: Shape
+    buffer_records: int
+    flush_seconds: float
+    inline: bool
+    state_dir: str | None
+    spool_bytes: int
+    retention_days: float | None
+
+
+class Key(msgspec.Struct, frozen=True):
+    """One key of the configuration.
+
+    Attributes:
+        default: What holds when the key is absent; given to `parse` like any other value.
+        expected: What a value must be, for the error message.
+        parse: Returns the plain value.
+
+    Raises:
+                ConfigError: The value is wrong, with a message of its own.
+                Exception: The value is not what is expected.
+    """
+
+    default: Any
+    expected: str
+    parse: Callable[[Any], Any]
+
+
+def read(config: Mapping[str, Any]) -> Settings:
+    """Read and check an app's configuration.
+
+    Raises:
+        ConfigError: A key is not known, or a value is wrong.
+    """
+    for given in config:
+        if given.startswith(PREFIX) and given not in KEYS:
+            nearest = get_close_matches(given, KEYS, 1, cutoff=0)[0]
+            raise ConfigError(f"unknown setting {given}: did you mean {nearest}?")
+    values = {name.removeprefix(PREFIX).lower(): _read(config, name) for name in KEYS}
+    shape = Shape(
+        max_series=values.pop("max_series"),
+        histogram_labels=values.pop("histogram_labels"),
+        buckets=values.pop("buckets"),
+        label_names=values.pop("label_names"),
+        objectives=values.pop("slo"),
+    )
+    return Settings(
+        include_only=values.pop("include_or_exclude_views") == "include",
+        inline=values.pop("delivery") == "inline",
+        daily_visitors=values.pop("visitors") == "daily",
+        shape=shape,
+        **values,
+    )
+
+
+def _read(config: Mapping[str, Any], name: str) -> Any:
+    key = KEYS[name]
+    given = config.get(name, key.default)
+    try:
+        return key.parse(given)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{name} must be {key.expected}, not {given!r}") from error
+
+
+# ------------------------------------------------------------------------ kinds of values
+
+
+def _choice(*choices: str) -> Callable[[Any], str]:
+    return lambda given: choices[choices.index(given.strip().lower())]
+
+
+def _optional_choice(*choices: str) -> Callable[[Any], str | None]:
+    choose = _choice(*choices)
+    return lambda given: None if _is_none(given) else choose(given)
+
+
+def _flag(given: Any) -> bool:
+    if isinstance(given, bool):
+        return given
+    words = {"true": True, "yes": True, "on": True, "1": True}
+    words |= {"false": False, "no": False, "off": False, "0": False}
+    return words[str(given).strip().lower()]
+
+
+def _is_none(given: Any) -> bool:
+    return given is None or (isinstance(given, str) and given.strip().lower() in ("", "none"))
+
+
+def _text(given: Any) -> str | None:
+    if _is_none(given):
+        return None
+    if not isinstance(given, str):
+        raise TypeError
+    return given
+
+
+def _path(given: Any) -> str | None:
+    path = _text(given)
+    if path is not None and not path.startswith("/"):
+        raise ValueError
+    return path
+
+
+def _folder(given: Any) -> str | None:
+    return None if _is_none(given) else os.fspath(given)
+
+
+def _url(given: Any) -> str | None:
+    url = _text(given)
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ValueError
+    return url
+
+
+def _anything(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    return _items(given) if given.lstrip().startswith("[") else _text(given)
+
+
+def _items(given: Any) -> tuple[Any, ...]:
+    """Return a list's items; text is JSON or separated by commas."""
+    if isinstance(given, str):
+        if given.lstrip().startswith("["):
+            given = json.loads(given)
+        else:
+            given = [part.strip() for part in given.split(",") if part.strip()]
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise TypeError
+    return tuple(given)
+
+
+def _texts(given: Any) -> tuple[str, ...]:
+    items = () if _is_none(given) else _items(given)
+    if not all(isinstance(item, str) for item in items):
+        raise TypeError
+    return items
+
+
+def _name_parts(given: Any) -> tuple[str, ...]:
+    parts = _texts(given)
+    Redactor(parts)  # it refuses what would be part of every name
+    return parts
+
+
+def _traces(given: Any) -> Any:
+    if hasattr(given, "export") and hasattr(given, "shutdown"):
+        return given
+    return _flag(given)
+
+
+def _positive_int(given: Any) -> int:
+    if isinstance(given, bool | float):
+        raise TypeError
+    value = int(given)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _spool_bytes(given: Any) -> int:
+    value = _positive_int(given)
+    if value < _LEAST_SPOOL_BYTES:
+        raise ValueError
+    return value
+
+
+def _positive_number(given: Any) -> float:
+    if isinstance(given, bool):
+        raise TypeError
+    value = float(given)
+    if not 0 < value < inf:
+        raise ValueError
+    return value
+
+
+def _days(given: Any) -> float | None:
+    if _is_none(given):
+        return None
+    days = _positive_number(given)
+    if days > _MOST_DAYS:
+        raise ValueError
+    return days
+
+
+def _buckets(given: Any) -> tuple[float, ...]:
+    bounds = tuple(_positive_number(bound) for bound in _items(given))
+    if not bounds or list(bounds) != sorted(set(bounds)):
+        raise ValueError
+    return bounds
+
+
+def _histogram_labels(given: Any) -> tuple[str, ...]:
+    names = _texts(given)
+    if not set(names) <= set(REQUEST_LABELS):
+        raise ValueError
+    return tuple(label for label in REQUEST_LABELS if label in names)
+
+
+def _label_names(given: Any) -> dict[str, str]:
+    renamed = json.loads(given) if isinstance(given, str) else dict(given)
+    names = [renamed.get(label, label) for label in LABELS]
+    for name in names:
+        # Prometheus keeps what starts with two underscores, and le, for itself.
+        if not (name.isidentifier() and name.isascii()) or name.startswith("__") or name == "le":
+            raise ValueError
+    if len(set(names)) < len(names) or not set(renamed) <= set(LABELS):
+        raise ValueError
+    return {label: name for label, name in renamed.items() if label != name}
+
+
+def _objectives(given: Any) -> tuple[Objective, ...]:
+    if _is_none(given):
+        return ()
+    return parse_objectives(json.loads(given) if isinstance(given, str) else given)
+
+
+def _trusted_proxies(given: Any) -> TrustedProxies:
+    proxies: Sequence[str] = _texts(given)
+    return TrustedProxies(proxies)
+
+
+# ------------------------------------------------------------------------ the keys
+
+
+KEYS: dict[str, Key] = {
+    "TRACK_USAGE_INCLUDE_OR_EXCLUDE_VIEWS": Key(
+        "exclude", "'include' or 'exclude'", _choice("include", "exclude")
+    ),
+    "TRACK_USAGE_STORAGE": Key(None, "a URL, a storage, a callable or a list of these", _anything),
+    "TRACK_USAGE_METRICS_PATH": Key("/metrics", "a path that starts with / or None", _path),
+    "TRACK_USAGE_METRICS_TOKEN": Key(None, "a text or None", _text),
+    "TRACK_USAGE_EXCLUDE": Key(
+        ("static", "*.static"), "a list of endpoint globs and of paths that start with /", _texts
+    ),
+    "TRACK_USAGE_COUNTRY": Key(
+        "auto", "'auto', a source such as 'mmdb:/file', a list of these or None", _anything
+    ),
+    "TRACK_USAGE_TRUSTED_PROXIES": Key((), "a list of addresses or CIDR ranges", _trusted_proxies),
+    "TRACK_USAGE_USE_FREEGEOIP": Key(False, "True or False", _flag),
+    "TRACK_USAGE_FREEGEOIP_ENDPOINT": Key(None, "a URL that starts with http or None", _url),
+    "TRACK_USAGE_COOKIE": Key(False, "True or False", _flag),
+    "TRACK_USAGE_VISITORS": Key(None, "'daily' or None", _optional_choice("daily")),
+    "TRACK_USAGE_PRIVACY": Key("full", "'full', 'balanced' or 'strict'", _choice(*PRESETS)),
+    "TRACK_USAGE_REDACT": Key((), "a list of parts of names", _name_parts),
+    "TRACK_USAGE_RESPECT_GPC": Key(False, "True or False", _flag),
+    "TRACK_USAGE_TRACES": Key(False, "True, False or a SpanExporter", _traces),
+    "TRACK_USAGE_TRACES_ENDUSER": Key(False, "True or False", _flag),
+    "TRACK_USAGE_MAX_SERIES": Key(10_000, "a positive int", _positive_int),
+    "TRACK_USAGE_HISTOGRAM_LABELS": Key(
+        REQUEST_LABELS, f"a list of some of {', '.join(REQUEST_LABELS)}", _histogram_labels
+    ),
+    "TRACK_USAGE_BUCKETS": Key(
+        BUCKETS, "a list of ascending positive numbers of seconds", _buckets
+    ),
+    "TRACK_USAGE_LABEL_NAMES": Key(
+        {}, f"a dict of new names for some of {', '.join(LABELS)}", _label_names
+    ),
+    "TRACK_USAGE_SLO": Key(
+        None,
+        "a dict of ratios between 0 and 1, or of pairs of such a ratio and seconds, or None",
+        _objectives,
+    ),
+    "TRACK_USAGE_BUFFER_RECORDS": Key(10_000, "a positive int", _positive_int),
+    "TRACK_USAGE_FLUSH_SECONDS": Key(0.5, "a positive number of seconds", _positive_number),
+    "TRACK_USAGE_STATE_DIR": Key(None, "a path or None", _folder),
+    "TRACK_USAGE_SPOOL_BYTES": Key(
+        256 * 1024 * 1024, f"an int of at least {_LEAST_SPOOL_BYTES}", _spool_bytes
+    ),
+    "TRACK_USAGE_RETENTION_DAYS": Key(
+        None, f"a positive number of days up to {_MOST_DAYS} or None", _days
+    ),
+    "TRACK_USAGE_DELIVERY": Key(
+        "background", "'background' or 'inline'", _choice("background", "inline")
+    ),
+}
+"""All keys, in the order of the README's table."""

@@ -1,0 +1,1 @@
+"""Records -> totals -> what a scrape shows."""

@@ -1,0 +1,1 @@
+"""Totals -> bytes of a scrape, in each format."""

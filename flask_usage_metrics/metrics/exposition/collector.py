@@ -1,0 +1,116 @@
+"""Our families in a client_python registry, one set a registry, for every exporter of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
+from prometheus_client.utils import floatToGoString
+
+from flask_usage_metrics.errors import ConfigError
+from flask_usage_metrics.metrics.exemplars import unpack
+from flask_usage_metrics.metrics.names import Family, Shape
+from flask_usage_metrics.metrics.totals import Totals
+
+_Bucket = tuple[str, float] | tuple[str, float, Exemplar]
+"""Upper bound as text, and count; with the newest exemplar if there is one."""
+
+
+class UsageCollector(Collector):
+    """Offers the totals of a registry's apps to client_python.
+
+    Attributes:
+        totals: What is offered.
+    """
+
+    def __init__(self, totals: Totals) -> None:
+        self.totals = totals
+        self._muted = threading.local()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families with their samples, after folding what the apps have buffered."""
+        if not getattr(self._muted, "on", False):
+            yield from map(_metric, self.totals.families())
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield the families without samples, so that names are checked when we register."""
+        return map(_metric, self.totals.descriptions())
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Offer nothing to this thread: ours are written by our own encoder, the rest by theirs."""
+        self._muted.on = True
+        try:
+            yield
+        finally:
+            self._muted.on = False
+
+
+_lock = threading.Lock()
+_collectors: WeakKeyDictionary[CollectorRegistry, UsageCollector] = WeakKeyDictionary()
+# A registry has no place of its own for this, and its apps must find the same totals: two sets of
+# the same families on one registry are refused by client_python, as they would be by Prometheus.
+
+
+def collector_of(registry: CollectorRegistry, shape: Shape, version: str) -> UsageCollector:
+    """Return the collector of a registry, registered when first asked for.
+
+    Raises:
+        ConfigError: Another app on the registry has other labels, buckets or bounds.
+        ValueError: The registry holds a metric of the same name that is not ours.
+    """
+    with _lock:
+        collector = _collectors.get(registry)
+        if collector is None:
+            collector = UsageCollector(Totals(shape, version))
+            registry.register(collector)
+            _collectors[registry] = collector
+    if collector.totals.shape != shape:
+        raise ConfigError(
+            "apps on one registry must agree on TRACK_USAGE_MAX_SERIES, "
+            "TRACK_USAGE_HISTOGRAM_LABELS, TRACK_USAGE_BUCKETS, TRACK_USAGE_LABEL_NAMES "
+            "and TRACK_USAGE_SLO: "
+            "give them the same values, or TrackUsage(registry=CollectorRegistry())"
+        )
+    return collector
+
+
+def number(value: float) -> str:
+    """Return a number as client_python spells it; another spelling of ``le`` splits series."""
+    return str(floatToGoString(value))  # type: ignore[no-untyped-call]
+
+
+def _metric(family: Family) -> Metric:
+    described = family.description
+    if described.kind == "histogram":
+        histogram = HistogramMetricFamily(described.name, described.help, labels=family.labels)
+        bounds = [*map(number, family.buckets), "+Inf"]
+        for labels, counts, seconds in family.histograms:
+            buckets: list[_Bucket] = [*zip(bounds, map(float, counts), strict=True)]
+            for place, packed in enumerate(family.exemplars.get(labels.values, ())):
+                if packed:
+                    buckets[place] = (bounds[place], float(counts[place]), _exemplar(packed))
+            histogram.add_metric(labels.values, buckets, seconds)
+        return histogram
+    make = CounterMetricFamily if described.kind == "counter" else GaugeMetricFamily
+    metric = make(described.name, described.help, labels=family.labels)
+    for labels, value in family.samples:
+        metric.add_metric(labels.values, value)
+    return metric
+
+
+def _exemplar(packed: bytes) -> Exemplar:
+    found = unpack(packed)
+    ids = {"trace_id": found.trace_id, "span_id": found.span_id}
+    return Exemplar(ids, found.value, found.timestamp)

@@ -1,0 +1,136 @@
+"""GET /metrics: the registry in the format the scraper asks for; ours by our own encoder."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING
+
+from flask import Request, Response
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest as generate_text
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.registry import Collector
+from werkzeug.http import parse_accept_header, parse_options_header
+
+from flask_usage_metrics.metrics.exposition.app_metrics import merged_registry
+from flask_usage_metrics.metrics.exposition.app_metrics_files import multiprocess_files
+from flask_usage_metrics.metrics.exposition.collector import UsageCollector
+from flask_usage_metrics.metrics.exposition.text import Block, blocks_of, compress, encode
+from flask_usage_metrics.runtime.faults import Faults
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+_EOF = b"# EOF\n"
+
+
+class Exposition:
+    """Answers scrapes of one registry.
+
+    Args:
+        registry: What is exposed; metrics of the app's own are in it too.
+        collector: Ours, in that registry.
+        token: Bearer token a scrape must show; None: everybody may read.
+        faults: Where a failing collector of the app's own is reported.
+
+    The app's own client_python metrics of all workers are merged in where
+    ``PROMETHEUS_MULTIPROC_DIR`` is set, and process metrics of sibling workers added up.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        collector: UsageCollector,
+        token: str | None,
+        faults: Faults,
+    ) -> None:
+        self._registry = registry
+        self._collector = collector
+        self._token = token
+        self._faults = faults
+        self._files = multiprocess_files(faults)
+
+    def answer(self, request: Request) -> Response:
+        """Return the response to a scrape."""
+        if not self._may_read(request):
+            return Response(status=401, headers={"WWW-Authenticate": "Bearer"})
+        openmetrics = prefers_openmetrics(request.headers.get("Accept", ""))
+        blocks = self._blocks(openmetrics, frozenset(request.args.getlist("name[]")))
+        response = Response(content_type=OPENMETRICS if openmetrics else TEXT)
+        response.vary.update(("Accept", "Accept-Encoding"))
+        if request.accept_encodings["gzip"] > 0:
+            response.content_encoding = "gzip"
+            response.data = compress(blocks)
+        else:
+            response.data = encode(blocks)
+        return response
+
+    def wsgi_app(self) -> WSGIApplication:
+        """Return a WSGI app that answers every path, for a port or a prefix of its own."""
+
+        def metrics_app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
+            request = Request(environ, populate_request=False)
+            if request.method in ("GET", "HEAD"):
+                response = self.answer(request)
+            else:
+                response = Response(status=405, headers={"Allow": "GET, HEAD"})
+            return response(environ, start_response)  # type: ignore[return-value]
+
+        return metrics_app
+
+    def _blocks(self, openmetrics: bool, names: Collection[str]) -> Iterator[Block]:
+        """Yield the registry as text, after folding what the apps have buffered.
+
+        Args:
+            openmetrics: In the OpenMetrics format instead of Prometheus' text format.
+            names: Only the samples of these names; empty: all.
+        """
+        families = self._collector.totals.families()
+        theirs = self._encode_theirs(openmetrics, names)
+        yield Block(lambda: theirs)
+        yield from blocks_of(families, openmetrics, names)
+        yield Block(lambda: _EOF if openmetrics else b"")
+
+    def _encode_theirs(self, openmetrics: bool, names: Collection[str]) -> bytes:
+        """Return what else is in the registry; nothing if a collector of the app's own fails."""
+        generate: Callable[[Collector], bytes]
+        generate = generate_openmetrics if openmetrics else generate_text
+        pids = self._collector.totals.workers()
+        source = merged_registry(self._registry, self._files, pids)
+        try:
+            with self._collector.muted():
+                encoded = generate(source.restricted_registry(names) if names else source)
+        except Exception as error:  # noqa: BLE001 - a collector is anybody's
+            self._faults.report("exposition", error, "only our own metrics are exposed")
+            return b""
+        return encoded.removesuffix(_EOF)
+
+    def _may_read(self, request: Request) -> bool:
+        if self._token is None:
+            return True
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        # In bytes: compare_digest refuses text that is not ASCII.
+        same = hmac.compare_digest(
+            given.strip().encode("utf-8", "replace"), self._token.encode("utf-8", "replace")
+        )
+        return scheme.lower() == "bearer" and same
+
+
+def prefers_openmetrics(accept: str) -> bool:
+    """Tell whether an Accept header wants OpenMetrics rather than Prometheus' text format.
+
+    Only versions that we write count, so anything malformed is answered with text.
+    """
+    best = {True: 0.0, False: 0.0}
+    for value, quality in parse_accept_header(accept[:2048]):
+        kind, options = parse_options_header(value)
+        openmetrics = kind == "application/openmetrics-text"
+        if openmetrics and options.get("version", "1.0.0") not in ("1.0.0", "0.0.1"):
+            continue
+        if openmetrics or kind in ("text/plain", "text/*", "*/*"):
+            best[openmetrics] = max(best[openmetrics], quality)
+    return best[True] > 0 and best[True] >= best[False]

@@ -1,0 +1,1 @@
+"""From the request's thread to every sink: journal, worker, delivery."""

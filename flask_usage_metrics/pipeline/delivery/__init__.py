@@ -1,0 +1,1 @@
+"""From the worker into one storage, through whatever outage."""

@@ -1,0 +1,266 @@
+"""What waits on disk for a storage that is down: bounded, in order, outlives the process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from flask_usage_metrics.pipeline.delivery.segment import (
+    HEADER_BYTES,
+    Segment,
+    encode_frame,
+    open_new,
+    take_over,
+)
+from flask_usage_metrics.records.record import UsageRecord
+
+_SEGMENTS = 16
+_SEGMENT_BYTES = 64 * 1024 * 1024
+_HELD_SEGMENTS = 64
+"""More files than this are not adopted before some are done with: each is an open descriptor."""
+
+_NAME = re.compile(r"[0-9]{20}-[0-9a-f]{8}\.spool")
+
+
+class Spool:
+    """A queue of records in files of one folder; for one caller at a time.
+
+    Each process appends to files of its own, and holds an exclusive ``flock`` on each. However a
+    process ends, the kernel gives its locks back, which tells the others what they may adopt.
+
+    Nothing is synced to the disk: a crash of the process loses nothing, one of the machine may.
+    What was advanced past is noted in the file; after a crash at worst a few come twice.
+
+    Args:
+        folder: Where the files are: of this queue alone, and of nobody but this user, which is
+            not checked here. It is made by the first `append`; nothing is touched before that or
+            the first `adopt`.
+        max_bytes: Size of all files that this process made or adopted, at most; what is given to
+            one `append` comes on top for a moment.
+
+    Attributes:
+        damaged: How many files were found so far that cannot be read as a whole.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        # The least that can be dropped.
+        self._segment_bytes = min(max_bytes // _SEGMENTS, _SEGMENT_BYTES)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.damaged = 0
+        self._lost = 0
+        self._named = 0
+        self._segments: list[Segment] = []
+        self._stuck: list[Segment] = []
+
+    def __len__(self) -> int:
+        return sum([segment.count for segment in self._segments])
+
+    def close(self) -> None:
+        """Leave what waits to whoever adopts it next."""
+        for segment in (*self._segments, *self._stuck):
+            segment.close()
+        self._segments, self._stuck = [], []
+
+    def reset_after_fork(self) -> None:
+        """Forget the parent's files in a forked child; they stay the parent's.
+
+        Closing them is right: a lock is that of the open file, which parent and child share, and
+        goes when the last of the two has closed it (flock(2)); unlocking would take it away.
+        """
+        self.close()
+        self._forget()
+
+    # ------------------------------------------------------------------------ the new end
+
+    def append(self, records: Sequence[UsageRecord]) -> int:
+        """Keep records behind all others; beyond the bound the oldest are dropped, a file at once.
+
+        Returns:
+            How many were dropped, of those kept before or of the given ones; a record that cannot
+            be made JSON of, or exceeds the bound alone, is among them.
+
+        Raises:
+            OSError: Of the given records none was kept, and none was dropped for them.
+        """
+        # At most every second file is less than half full, so that there are twice as many.
+        room = self._max_bytes - 2 * _SEGMENTS * HEADER_BYTES
+        frames: list[bytes] = []
+        for record in records:
+            with suppress(Exception):
+                frame = encode_frame(record)
+                if len(frame) <= room:
+                    frames.append(frame)
+        # What would have to be dropped at once is not written first; nor does anything older stay.
+        kept = 0
+        for frame in reversed(frames):
+            room -= len(frame)
+            if room < 0:
+                break
+            kept += 1
+        outdated = self._segments[:] if kept < len(frames) else []
+        self._write(frames[len(frames) - kept :])
+        dropped = len(records) - kept
+        while outdated or sum([segment.size for segment in self._segments]) > self._max_bytes:
+            segment = outdated.pop() if outdated else self._segments[0]
+            dropped += segment.count
+            self._remove(segment)
+        return dropped
+
+    def _write(self, frames: Sequence[bytes]) -> None:
+        """Write all, or none if this raises."""
+        made = len(self._segments)
+        tail = self._own_tail()
+        size, count = (tail.size, tail.count) if tail else (0, 0)
+        try:
+            start = 0
+            while start < len(frames):
+                segment = self._segment_for(frames[start])
+                room = self._segment_bytes - segment.size
+                end = start
+                while end == start or (end < len(frames) and len(frames[end]) <= room):
+                    room -= len(frames[end])
+                    end += 1
+                segment.append(frames[start:end])
+                start = end
+        except BaseException:
+            for segment in self._segments[made:]:
+                self._remove(segment)
+            if tail:
+                tail.shorten(size, count)
+            raise
+
+    def _own_tail(self) -> Segment | None:
+        tail = self._segments[-1] if self._segments else None
+        return None if tail is None or tail.adopted else tail
+
+    def _segment_for(self, frame: bytes) -> Segment:
+        tail = self._own_tail()
+        if tail is None or tail.size + len(frame) > self._segment_bytes:
+            tail = self._make_segment()
+        return tail
+
+    def _make_segment(self) -> Segment:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Names are in the order of writing, even if the clock is set back.
+        self._named = max(time.time_ns(), self._named + 1)
+        path = self._folder / f"{self._named:020d}-{secrets.token_hex(4)}.spool"
+        segment = open_new(path)
+        self._segments.append(segment)
+        try:
+            if not segment.lock():
+                raise BlockingIOError(errno.EAGAIN, "another process looks at the file")
+            segment.begin()
+        except BaseException:
+            self._remove(segment)
+            raise
+        return segment
+
+    # ------------------------------------------------------------------------ the old end
+
+    def peek(self, at_most: int) -> list[UsageRecord]:
+        """Return the oldest records, which stay; empty only if none waits.
+
+        Records that cannot be read any more are taken out, see `take_lost`.
+        """
+        records: list[UsageRecord] = []
+        for segment in list(self._segments):
+            wanted = at_most - len(records)
+            if not wanted:
+                break
+            self._read_ahead(segment, wanted)
+            records += [record for _, record in islice(segment.ahead, wanted)]
+            if not segment.count:
+                self._remove(segment)
+        return records
+
+    def advance(self, count: int) -> None:
+        """Take out the oldest records, which there must be so many of."""
+        while count:
+            segment = self._segments[0]
+            # They were peeked at, unless they were offered from memory and came here meanwhile.
+            lost = self._read_ahead(segment, count)
+            passed = min(count, segment.count)
+            segment.advance(passed)
+            count -= passed
+            # What nobody can read needs not be read any more.
+            unneeded = min(count, lost)
+            self._lost -= unneeded
+            count -= unneeded
+            if not segment.count:
+                self._remove(segment)
+
+    def _read_ahead(self, segment: Segment, at_most: int) -> int:
+        lost = segment.read_ahead(at_most)
+        if lost:
+            self._lost += lost
+            self.damaged += 1
+        return lost
+
+    def take_lost(self) -> int:
+        """Return how many records, counted before, could not be read, since the last call."""
+        lost, self._lost = self._lost, 0
+        return lost
+
+    def _remove(self, segment: Segment) -> None:
+        self._segments.remove(segment)
+        try:
+            segment.path.unlink(missing_ok=True)
+        except OSError:
+            # Kept open, and so locked: it would be adopted, and written, over and over again.
+            self._stuck.append(segment)
+        else:
+            segment.close()
+
+    # ------------------------------------------------------------------------ what others left
+
+    def adopt(self) -> int:
+        """Take over, in front of all own records, what dead processes left.
+
+        As much as there is room for below the bound, but one file at least if nothing waits.
+        Files that are not a spool's, or belong to somebody else, are not touched.
+
+        Returns:
+            How many records came.
+
+        Raises:
+            OSError: The folder cannot be read.
+        """
+        try:
+            names = sorted(os.listdir(self._folder))  # noqa: PTH208 - names are all that is needed
+        except FileNotFoundError:
+            return 0
+        held = {segment.path.name for segment in (*self._segments, *self._stuck)}
+        size = sum([segment.size for segment in self._segments])
+        came: list[Segment] = []
+        for name in names:
+            if name in held or not _NAME.fullmatch(name):
+                continue
+            if len(self._segments) + len(came) >= _HELD_SEGMENTS:
+                break
+            segment = take_over(self._folder / name)
+            if segment is None:
+                continue
+            if size and size + segment.size > self._max_bytes:
+                segment.close()
+                break
+            self.damaged += not segment.survey()
+            came.append(segment)
+            size += segment.size
+        adopted = [segment for segment in self._segments if segment.adopted]
+        own = self._segments[len(adopted) :]
+        self._segments = sorted([*adopted, *came], key=lambda segment: segment.path.name) + own
+        for segment in came:
+            if not segment.count:
+                self._remove(segment)
+        return sum([segment.count for segment in came])

@@ -1,0 +1,150 @@
+"""This process among its siblings: its generation, its journal, and what the dead have left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic
+
+from flask_usage_metrics.metrics.totals import Totals
+from flask_usage_metrics.pipeline.delivery.spool import Spool
+from flask_usage_metrics.pipeline.journal import JournalFile
+from flask_usage_metrics.records.observation import Origin
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.state_dir import (
+    Generation,
+    State,
+    StateUnavailable,
+    dead_generations,
+    digest,
+    process_key,
+    remove_generation,
+    siblings_key,
+)
+
+_SIBLINGS_SECONDS = 0.5
+_DEAD_SECONDS = 60.0
+
+
+class Membership:
+    """What one app in one process shares with its siblings, from its first request on.
+
+    Args:
+        state: Where the app's processes keep what they share; None: nowhere.
+        app: Name of the app, which no other on the same registry has.
+        totals: What is added together.
+        spool_bytes: What may wait on disk for each sink.
+        faults: Where it is reported that there is no place for it.
+    """
+
+    def __init__(
+        self,
+        state: State | None,
+        app: str,
+        *,
+        totals: Totals,
+        spool_bytes: int,
+        faults: Faults,
+    ) -> None:
+        self.app = app
+        self._spool_bytes = spool_bytes
+        self._state = state
+        self._totals = totals
+        self._faults = faults
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._generation: Generation | None = None
+        self._siblings_due = self._dead_due = 0.0
+
+    def begin(self, origin: Origin, *, multiprocess: bool) -> JournalFile | None:
+        """Join the siblings and make a journal; None if there is no place for one.
+
+        Args:
+            origin: Of what this process captures.
+            multiprocess: Whether the server has other processes for the same app (PEP 3333).
+        """
+        shape = f"{self._totals.shape}"
+        try:
+            if self._state is None:
+                raise StateUnavailable("none is configured")
+            home = self._state.home()
+            if multiprocess:
+                generation = Generation(home, f"{siblings_key()} {shape}", os.getppid())
+            else:
+                generation = Generation(home, f"{process_key()} {shape}", os.getpid())
+            generation.join()
+            self._generation = generation
+            if multiprocess:
+                self._totals.share(generation.folder / "totals.sqlite3")
+        except (OSError, StateUnavailable) as error:
+            self._complain(error)
+            if multiprocess:
+                self._totals.stay_alone()
+            return None
+        try:
+            return JournalFile.create(generation.folder, origin)
+        except OSError as error:
+            self._complain(error)
+            return None
+
+    def spool(self, sink: str) -> Spool | None:
+        """Return the place on disk for what a sink cannot write now; None if there is none."""
+        if self._generation is None:
+            return None
+        # Of the app rather than of the generation: a storage may be down for longer than that.
+        name = digest(f"{self.app} {sink}")
+        return Spool(self._generation.folder.parent / f"spool-{name}", self._spool_bytes)
+
+    def leftovers(self) -> Iterator[JournalFile]:
+        """Yield the journals of dead siblings and of dead generations, now in our care.
+
+        Looks often for siblings and rarely for others; yields nothing in between.
+        """
+        if self._generation is None or self._state is None:
+            return
+        now = monotonic()
+        if now >= self._siblings_due:
+            self._siblings_due = now + _SIBLINGS_SECONDS
+            yield from self._adopt(self._generation.folder)
+        if now >= self._dead_due:
+            self._dead_due = now + _DEAD_SECONDS
+            for folder in list(dead_generations(self._state.homes(), self._generation.folder)):
+                yield from self._adopt(folder)
+                remove_generation(folder)
+
+    def end(self) -> None:
+        """Be no member any more, and remove what nobody needs."""
+        if self._generation is not None:
+            self._generation.end()
+        self._start_anew()
+
+    def forget(self, file: JournalFile) -> None:
+        """Remove a journal in which all is settled, and its generation if that was the last."""
+        self._totals.forget(file)
+        file.close(remove=True)
+        if self._generation is None or file.folder != self._generation.folder:
+            remove_generation(file.folder)
+
+    def reset_after_fork(self) -> None:
+        """Leave what the parent process is a member of to the parent."""
+        if self._generation is not None:
+            self._generation.leave()
+        self._start_anew()
+
+    def _adopt(self, folder: Path) -> Iterator[JournalFile]:
+        for path in sorted(folder.glob("*.journal")):
+            file = JournalFile.adopt(path, self.app)
+            if file is not None:
+                yield file
+
+    def _complain(self, error: Exception) -> None:
+        reason = str(error) if isinstance(error, StateUnavailable) else type(error).__name__
+        if isinstance(error, OSError) and error.errno:
+            reason = os.strerror(error.errno)
+        self._faults.report(
+            "state",
+            f"no place for the state directory ({reason})",
+            "what is captured does not survive a kill; see TRACK_USAGE_STATE_DIR",
+        )

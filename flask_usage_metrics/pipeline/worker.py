@@ -1,0 +1,472 @@
+"""The worker: takes observations from the journals, makes records, fans them out, keeps account."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from datetime import datetime
+from itertools import chain, groupby, islice, repeat
+from operator import attrgetter
+from time import monotonic, perf_counter
+from typing import TypeVar
+
+from flask_usage_metrics.enrich.country import Locator
+from flask_usage_metrics.enrich.enricher import Enricher
+from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
+from flask_usage_metrics.enrich.visitors.tally import VisitorTally
+from flask_usage_metrics.metrics.totals import CountedJournal, Totals
+from flask_usage_metrics.pipeline.checkpoints import Item, Settlement, Stream
+from flask_usage_metrics.pipeline.delivery.sink import Sink
+from flask_usage_metrics.pipeline.journal import Journal
+from flask_usage_metrics.pipeline.membership import Membership
+from flask_usage_metrics.records.observation import Observation
+from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.gil import pause
+
+METRICS_SINK = "metrics"
+"""Value of the label ``sink`` for the totals behind the metrics themselves."""
+
+_CHUNK = 512
+
+_STEP_SECONDS = 0.0001
+"""How long the worker computes before it lets others have the interpreter; half as long gains
+nothing, and makes the worker fall behind sooner."""
+
+_STEP_ITEMS = 8
+"""Items it handles before it looks at the clock, which costs 400 instructions."""
+
+_STAMPED = 32
+"""Records that get their ids together; of 8 one costs half as much again."""
+
+_GRACE_SECONDS = 0.05
+_HEARTBEAT_SECONDS = 2.0
+_DRAIN_SECONDS = 1.0
+_INLINE_SECONDS = 2.0
+
+
+_T = TypeVar("_T")
+
+
+class Pipeline:
+    """Folds what one app's requests left in the journals, into the totals and the sinks.
+
+    Args:
+        journal: Where `submit` leaves observations.
+        membership: Tells of the siblings, and what the dead among them left.
+        enricher: Makes records of observations.
+        locator: Where the enricher looks up countries.
+        visitor_keys: What has to be destroyed in time.
+        tally: Where visitors are counted.
+        spans: What ends the spans of requests, one of the sinks; None: there are none.
+        totals: Where records are counted.
+        sinks: Where records go.
+        flush_seconds: Seconds an observation waits for others to be folded with.
+        idle_seconds: How long the worker waits for requests before it ends.
+        inline: Whether `submit` waits until the record is written.
+        faults: Where failures are reported.
+    """
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        membership: Membership,
+        enricher: Enricher,
+        locator: Locator,
+        visitor_keys: VisitorIds,
+        tally: VisitorTally | None,
+        spans: Sink | None,
+        totals: Totals,
+        sinks: Sequence[Sink],
+        flush_seconds: float,
+        idle_seconds: float,
+        inline: bool,
+        faults: Faults,
+    ) -> None:
+        self._journal = journal
+        self._membership = membership
+        self._enricher = enricher
+        self._locator = locator
+        self._visitor_keys = visitor_keys
+        self._tally = tally
+        self._spans = spans
+        self._totals = totals
+        self._account = totals.account(METRICS_SINK)
+        self._sinks = sinks
+        self._flush_seconds = flush_seconds
+        self._idle_seconds = idle_seconds
+        self._inline = inline
+        self._faults = faults
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._lock = threading.Lock()
+        self._unlocated: list[Item] = []
+        self._folding = 0
+        self._dropped = self._dropped_spans = self._lost = 0
+        self._has_begun = False
+        self._is_shared = self._ends = False
+        self._has_worker = self._is_urgent = True
+        self._awake = False
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._short = threading.Lock()
+        self._settlement = Settlement(
+            self._journal, self._membership, self._enricher.origin, self._sinks
+        )
+
+    def reset_after_fork(self) -> None:
+        """Forget what the parent process will fold."""
+        self._journal.reset_after_fork()
+        self._settlement.leave()
+        self._membership.reset_after_fork()
+        self._enricher.reset_after_fork()
+        self._locator.reset_after_fork()
+        self._visitor_keys.reset_after_fork()
+        if self._tally is not None:
+            self._tally.reset_after_fork()
+        self._start_anew()
+        for sink in self._sinks:
+            sink.reset_after_fork()
+
+    # ------------------------------------------------------------------------ in the request
+
+    def begin(self, multiprocess: bool, ends: bool) -> Callable[[], None] | None:
+        """Get ready for the first request of the process.
+
+        Args:
+            multiprocess: Whether the server has other processes for the same app.
+            ends: Whether the process ends after this request, without running exit handlers.
+
+        Returns:
+            What is to be called at the beginning of each request, if anything.
+        """
+        with self._short:
+            if not self._has_begun:
+                self._has_begun = True
+                self._is_shared, self._ends = multiprocess, ends
+                # Older uWSGI without --enable-threads runs threads only while a request runs: one
+                # that is stopped in between may hold the lock of a file for minutes.
+                has_threads = bool(getattr(sys.modules.get("uwsgi"), "has_threads", True))
+                self._has_worker = has_threads and not ends
+                self._is_urgent = self._inline or not self._has_worker
+                file = self._membership.begin(self._enricher.origin, multiprocess=multiprocess)
+                self._settlement.own.file = self._journal.file = file
+                for sink in self._sinks:
+                    sink.attach(self._membership.spool(sink.name))
+        return self._notice if multiprocess and self._has_worker else None
+
+    def _notice(self) -> None:
+        """Let the siblings know, within half a second, that a request is being answered."""
+        if not self._awake:
+            self._rouse()
+
+    def submit(self, observation: Observation) -> None:
+        """Take an observation; returns at once, unless delivery is inline."""
+        if not self._has_begun:  # it was closed
+            self.begin(self._is_shared, self._ends)
+        if not self._journal.append(observation):
+            self._drop(observation)
+        # Order matters: the worker clears the flag first and looks into the journal after that.
+        if not self._awake and self._has_worker:
+            self._rouse()
+        if self._is_urgent:
+            if self._ends:
+                self.close(_INLINE_SECONDS)
+            else:
+                self.flush(_INLINE_SECONDS)
+
+    def lose(self) -> None:
+        """Count a request that no observation could be made of."""
+        with self._short:
+            self._lost += 1
+
+    def _drop(self, observation: Observation) -> None:
+        with self._short:
+            self._dropped += 1
+            self._dropped_spans += self._has_span(observation)
+        self._faults.report("journal", "no room", "a request was not counted")
+
+    def _rouse(self) -> None:
+        with self._short:
+            self._awake = True
+            for sink in self._sinks:
+                sink.start()
+            if self._thread is not None:
+                self._wake.set()
+                return
+            thread = threading.Thread(
+                target=self._run, name="flask_usage_metrics pipeline", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads, or the interpreter is ending
+                self._awake = False
+                self._faults.report("pipeline", error, "records wait for the next scrape")
+            else:
+                self._thread = thread
+
+    # ------------------------------------------------------------------------ the worker
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(self._flush_seconds)
+            self._wake.clear()
+            try:
+                self.fold()
+            except Exception as error:  # noqa: BLE001 - the worker goes on whatever happens
+                self._faults.report("pipeline", error, "records are folded later")
+            if self._has_work():
+                continue
+            self._awake = False
+            if self._has_work():
+                self._awake = True
+            elif self._is_shared:
+                # A sibling may die meanwhile, or somebody remove what the siblings share.
+                if self._wake.wait(_HEARTBEAT_SECONDS):
+                    self._wake.clear()
+            elif not self._wake.wait(self._idle_for()):
+                if self._visitor_keys.due_in() is not None:
+                    continue  # there is still a key to be destroyed
+                with self._short:
+                    if not self._awake:
+                        self._thread = None
+                        return
+            else:
+                # Others will come with the one that woke us.
+                self._wake.clear()
+
+    def _idle_for(self) -> float:
+        """Return how many seconds there is nothing to do, unless a request comes."""
+        due = self._visitor_keys.due_in()
+        return self._idle_seconds if due is None else max(due, 0.0) + 0.1
+
+    def _has_work(self) -> bool:
+        if self._journal or self._unlocated or self._settlement:
+            return True
+        # The siblings show how many requests are being answered here.
+        return self._is_shared and self._totals.in_progress() > 0
+
+    def fold(self, grace: float = 0.0) -> None:
+        """Turn the observations taken so far into records, count them, hand them to the sinks.
+
+        Args:
+            grace: Seconds to wait for the app's own country function; nothing remote is waited
+                for, what it is asked for is folded later.
+        """
+        with self._lock:
+            self._fold(grace)
+
+    def _fold(self, grace: float) -> None:
+        self._visitor_keys.tend()
+        adopted = list(self._adopt())
+        waiting, self._unlocated = self._unlocated, []
+        self._fold_items([*waiting, *adopted])
+        own = self._settlement.own
+        for _ in range(len(self._journal) // _CHUNK + 1):
+            if taken := self._journal.take(_CHUNK):
+                items = [*map(Item, repeat(own), *zip(*taken, strict=True), repeat(False))]
+                self._fold_chunk(items, ())
+        if grace and self._unlocated:
+            self._locator.wait_local(grace)
+            waiting, self._unlocated = self._unlocated, []
+            self._fold_items(waiting)
+        self._totals.exchange()
+        self._settlement.settle(self._unlocated)
+
+    def _adopt(self) -> Iterable[Item]:
+        """Yield what dead siblings captured and did not see settled."""
+        for file in self._membership.leftovers():
+            folded = self._totals.folded(file)
+            if folded is None:
+                file.close(remove=False)
+                continue
+            yield from self._settlement.adopt(file, folded)
+
+    def _fold_items(self, items: Sequence[Item]) -> None:
+        end = 0
+        for _, same in groupby(items, attrgetter("stream", "is_counted")):
+            for chunk in _groups(list(same), _CHUNK):
+                end += len(chunk)
+                self._fold_chunk(chunk, items[end:])
+
+    def _fold_chunk(self, items: Sequence[Item], rest: Sequence[Item]) -> None:
+        """Fold items of one stream, all of them counted before or none."""
+        self._folding = len(items)
+        stream, is_counted = items[0].stream, items[0].is_counted
+        records: list[UsageRecord] = []
+        traced: list[UsageRecord] = []
+        sampled: set[str] = set()
+        decided: list[int] = []
+        failed = failed_spans = 0
+        stamped = chain.from_iterable(map(self._stamped, _groups(items, _STAMPED)))
+        for item, seen, (record_id, started_at) in self._unhurried(stamped):
+            try:
+                record = self._enricher.enrich(seen, stream.origin, record_id, started_at)
+            except Exception as error:  # noqa: BLE001 - one poisonous request among others
+                self._faults.report("enrichment", error, "a request was not counted")
+                failed += 1
+                failed_spans += self._has_span(seen)
+            else:
+                if record is None:
+                    self._unlocated.append(item)
+                    continue
+                records.append(record)
+                if seen.extras is not None:
+                    trace = seen.extras.trace
+                    if trace is not None and trace.is_sampled:
+                        sampled.add(record_id)
+                        if trace.is_own and self._spans is not None:
+                            traced.append(record)
+            decided.append(item.sequence)
+        with self._short:
+            dropped, self._dropped = self._dropped, 0
+            dropped_spans, self._dropped_spans = self._dropped_spans, 0
+            failed, self._lost = failed + self._lost, 0
+        if not is_counted:
+            self._count(stream, decided, records, sampled)
+        if self._tally is not None:
+            self._tally.add(
+                (record.started_at.timestamp(), record.visitor)
+                for record in records
+                if record.visitor is not None
+            )
+        written = 0 if is_counted else len(records)
+        self._account.add(written=written, dropped=dropped, failed=failed)
+        for sink in self._sinks:
+            if sink is self._spans:
+                sink.put(traced, dropped=dropped_spans, failed=failed_spans)
+            else:
+                sink.put(records, dropped=dropped, failed=failed)
+        self._settlement.note(stream, decided, (*self._unlocated, *rest))
+        self._folding = 0
+
+    def _count(
+        self,
+        stream: Stream,
+        decided: Sequence[int],
+        records: Sequence[UsageRecord],
+        sampled: Collection[str],
+    ) -> None:
+        """Add records to the totals; their journal is told before which ones it is about."""
+        folded: dict[CountedJournal, int] = {}
+        if stream.file is not None and decided:
+            stream.fold += 1
+            stream.file.mark(decided, stream.fold)
+            folded[stream.file] = stream.fold
+        self._totals.add(self._unhurried(records), folded, sampled)
+
+    def _stamped(
+        self, items: Sequence[Item]
+    ) -> Iterator[tuple[Item, Observation, tuple[str, datetime]]]:
+        """Yield items of one stream, their observations, and the stamps of their records."""
+        seen = [item.seen for item in items]
+        nonce = items[0].stream.origin.nonce
+        numbers = [nonce + item.sequence for item in items]
+        return zip(items, seen, self._enricher.stamps(seen, numbers), strict=True)
+
+    def _unhurried(self, items: Iterable[_T]) -> Iterator[_T]:
+        """Yield items, and let others have the interpreter in between, unless too much waits."""
+        return chain.from_iterable(self._steps(iter(items)))
+
+    def _steps(self, items: Iterator[_T]) -> Iterator[Sequence[_T]]:
+        until = perf_counter() + _STEP_SECONDS
+        while step := [*islice(items, _STEP_ITEMS)]:
+            yield step
+            if perf_counter() >= until:
+                if not self._journal.is_filling():
+                    pause()
+                until = perf_counter() + _STEP_SECONDS
+
+    def _has_span(self, seen: Observation) -> bool:
+        trace = None if seen.extras is None else seen.extras.trace
+        return self._spans is not None and bool(trace and trace.is_own and trace.is_sampled)
+
+    # ------------------------------------------------------------------------ for others
+
+    def drain(self) -> None:
+        """Fold what is buffered; never raises, and waits a second at most for another fold."""
+        if self._lock.acquire(timeout=_DRAIN_SECONDS):
+            try:
+                self._fold(_GRACE_SECONDS)
+            except Exception as error:  # noqa: BLE001 - a scrape shows what is known by now
+                self._faults.report("pipeline", error, "records are folded later")
+            finally:
+                self._lock.release()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all that was captured so far is folded and written.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Returns:
+            Whether nothing is left that was captured before the call.
+        """
+        deadline = monotonic() + timeout
+        while True:
+            if not self._lock.acquire(timeout=max(deadline - monotonic(), 0)):
+                return False
+            try:
+                self._fold(0.0)
+                located = not self._unlocated
+            finally:
+                self._lock.release()
+            remaining = deadline - monotonic()
+            if located or remaining <= 0:
+                break
+            self._locator.wait(min(remaining, 0.1))
+        flushed = [sink.flush(deadline) for sink in self._sinks]
+        with self._lock:
+            self._totals.exchange()
+            self._settlement.settle(self._unlocated)
+        return located and all(flushed)
+
+    def close(self, timeout: float) -> None:
+        """Flush, and close what can be closed; the next request opens it again."""
+        self.flush(timeout)
+        buffered = self.pending()[METRICS_SINK]
+        # What is in the journal or on disk is written by the next process.
+        lost = max([sink.close() for sink in self._sinks], default=0)
+        if self._journal.file is None and lost + buffered:
+            left = f"{lost + buffered} record(s) were not written"
+            self._faults.report("exit", left, "they are lost")
+        with self._lock:
+            self._totals.exchange()
+            self._settlement.settle(self._unlocated)
+            self._has_begun = False
+            if self._journal.file is not None:
+                if self._journal.file.is_empty():
+                    self._totals.forget(self._journal.file)
+                self._journal.close()
+            self._settlement.leave()
+            self._totals.close()
+            self._membership.end()
+        self._locator.close()
+        self._visitor_keys.close()
+        if self._tally is not None:
+            self._tally.close()
+
+    def pending(self) -> dict[str, int]:
+        """Return, for each sink, how many captured requests are not decided."""
+        buffered = len(self._journal) + len(self._unlocated) + self._folding
+        buffered += self._dropped + self._lost
+        pending = {METRICS_SINK: buffered}
+        for sink in self._sinks:
+            pending[sink.name] = buffered + sink.pending()
+        return pending
+
+    def up(self) -> dict[str, bool]:
+        """Return whether each sink's last write went well."""
+        return {METRICS_SINK: True, **{sink.name: sink.up for sink in self._sinks}}
+
+    def is_journaled(self) -> bool:
+        """Return whether what is captured survives a kill, as far as is known yet."""
+        file = self._journal.file
+        return not self._has_begun or (file is not None and file.is_there())
+
+
+def _groups(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,271 @@
+"""A database with its tables as they should be: reached, and asked again where that helps."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from flask_usage_metrics.errors import StorageError, StorageUnavailable
+from flask_usage_metrics.storage.sql.dialects import BUSY_SECONDS, Dialect, Fault, dialect_of
+from flask_usage_metrics.storage.sql.schema import Schema, Step
+
+_ATTEMPTS = 3
+
+_T = TypeVar("_T")
+
+
+class Database:
+    """What work is done in.
+
+    Args:
+        given: Its dialect, or a Flask-SQLAlchemy object, whose engine may become known later.
+        schema: Its tables.
+        taken: Called with the dialect once it is known.
+    """
+
+    def __init__(
+        self, given: Dialect | Any, schema: Schema, taken: Callable[[Dialect], None]
+    ) -> None:
+        self.schema = schema
+        self._taken = taken
+        self._db = given
+        self._app: Any = None
+        self._dialect: Dialect | None = None
+        self._inherited: list[sa.Pool] = []
+        self._start()
+        if isinstance(given, Dialect):
+            self._take(given)
+        else:
+            # Outside of an app context Flask-SQLAlchemy 3 tells no engine.
+            with suppress(RuntimeError):
+                self._take(dialect_of(given.engine))
+
+    @property
+    def known(self) -> Dialect | None:
+        """The dialect, if it is known yet."""
+        return self._dialect
+
+    def bind_app(self, app: Any) -> None:
+        """Ask for the engine in the context of this Flask app."""
+        self._app = app
+        with suppress(StorageUnavailable):
+            self.reach()
+
+    def reach(self) -> Dialect:
+        """Return the dialect.
+
+        Raises:
+            StorageUnavailable: Its engine can be had in an app context only.
+        """
+        if self._dialect is not None:
+            return self._dialect
+        try:
+            if self._app is None:
+                return self._take(dialect_of(self._db.engine))
+            with self._app.app_context():
+                return self._take(dialect_of(self._db.engine))
+        except RuntimeError:
+            raise StorageUnavailable(
+                "db tells its engine only in an app context: create the storage inside "
+                "`with app.app_context():`, or pass the engine"
+            ) from None
+
+    # -- work -----------------------------------------------------------------------------------
+
+    def run(self, work: Callable[[sa.Connection], _T], *, create: bool, absent: _T) -> _T:
+        """Do something in a transaction, with the table as it should be.
+
+        Args:
+            work: Called with the connection; again if the table turns out to be gone, or the
+                transaction was in another's way.
+            create: Make the file and the table if need be.
+            absent: Returned if there is no table and none was to be made.
+
+        Raises:
+            StorageUnavailable: The database cannot be used now.
+            StorageError: A value cannot be kept.
+        """
+        dialect = self.reach()
+
+        def transact() -> _T:
+            if not self._prepare(dialect, create):
+                return absent
+            with _connection(dialect) as connection, connection.begin():
+                return work(connection)
+
+        return self.attempt(transact)
+
+    def fetch(self, query: sa.Executable) -> Sequence[Sequence[Any]]:
+        """Return all rows of a query; none if there is no table."""
+
+        def fetch(connection: sa.Connection) -> Sequence[Sequence[Any]]:
+            return connection.execute(query).all()
+
+        return self.run(fetch, create=False, absent=())
+
+    def run_locked(
+        self,
+        work: Callable[[sa.Connection], _T],
+        name: str,
+        *,
+        wait_seconds: float = BUSY_SECONDS,
+    ) -> _T | None:
+        """Do something in a transaction that has a lock; see `run`.
+
+        Returns:
+            None if there is no table, or if somebody else has the lock and is not waited for as
+            long as for others.
+        """
+        dialect = self.reach()
+
+        def transact() -> _T | None:
+            if not self._prepare(dialect, create=False):
+                return None
+            with (
+                _connection(dialect) as connection,
+                dialect.lock(connection, name, wait_seconds),
+            ):
+                return work(connection)
+
+        def attempt() -> _T | None:
+            try:
+                return transact()
+            except TimeoutError:
+                if wait_seconds >= BUSY_SECONDS:
+                    raise
+                return None
+
+        return self.attempt(attempt)
+
+    def attempt(self, work: Callable[[], _T]) -> _T:
+        """Do something, again if that helps; see `run` for what it raises."""
+        dialect = self.reach()
+        with dialect.guard():
+            for attempt in range(_ATTEMPTS):
+                try:
+                    return work()
+                except OSError as error:
+                    # Not the error's own text, which names the file.
+                    reason = os.strerror(error.errno) if error.errno else str(error)
+                    raise StorageUnavailable(f"{dialect.name}: {reason}") from None
+                except sa.exc.TimeoutError:
+                    raise StorageUnavailable(
+                        f"{dialect.name}: all connections of the engine are in use"
+                    ) from None
+                except sa.exc.DBAPIError as error:
+                    fault = dialect.fault_of(error)
+                    message = f"{dialect.name}: {dialect.reason(error)}"
+                    if fault is Fault.DATA:
+                        raise StorageError(message) from error.orig
+                    if fault is Fault.SCHEMA:
+                        self._ready_to_read = self._ready_to_write = self._trusts = False
+                    elif dialect.distrusts(error):
+                        self._start_anew(dialect)
+                    if fault is Fault.UNAVAILABLE or attempt == _ATTEMPTS - 1:
+                        raise StorageUnavailable(message) from error.orig
+        raise AssertionError("unreachable")
+
+    def plan(self) -> list[Step]:
+        """Return what `migrate` would do; nothing is changed."""
+        dialect = self.reach()
+
+        def plan() -> list[Step]:
+            with dialect.connect() as connection:
+                return self.schema.plan(dialect, connection)
+
+        return self.attempt(plan)
+
+    def migrate(self) -> list[Step]:
+        """Make the tables what they should be, without trust in what was noted of them."""
+        dialect = self.reach()
+
+        def migrate() -> list[Step]:
+            dialect.make_place()
+            with dialect.connect() as connection:
+                dialect.connected(connection, create=True)
+            return self.schema.upgrade(dialect)
+
+        return self.attempt(migrate)
+
+    # -- connections ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the connections of an engine of our own; the next use opens new ones."""
+        if self._dialect is not None:
+            with self._dialect.guard():
+                self._start_anew(self._dialect)
+
+    def reset_after_fork(self) -> None:
+        """Use new connections in this process; those of the parent are left untouched."""
+        self._start()
+        if self._dialect is not None:
+            self._dialect.reset_after_fork()
+            # Kept, so that they are not closed by the garbage collection either: SQLite forbids
+            # to use, even to close, a connection in another process than the one that opened it
+            # (https://www.sqlite.org/howtocorrupt.html#_carrying_an_open_database_file_across_a_fork_),
+            # and a server would be told that its client goes, which is the parent.
+            self._inherited.append(self._dialect.engine.pool)
+            self._dialect.engine.dispose(close=False)
+
+    def _start(self) -> None:
+        """Know nothing yet, of this process."""
+        self._setting_up = threading.Lock()
+        self._ready_to_read = self._ready_to_write = False
+        self._trusts = True
+
+    def _take(self, dialect: Dialect) -> Dialect:
+        self._dialect = dialect
+        self._taken(dialect)
+        return dialect
+
+    def _prepare(self, dialect: Dialect, create: bool) -> bool:
+        """Make the tables what they should be, unless that is known; return whether there are."""
+        place = dialect.place()
+        if place == "replaced":
+            self._start_anew(dialect)
+            place = dialect.place()
+        if place == "absent":
+            if not create:
+                return False
+            self._ready_to_read = self._ready_to_write = False
+        if self._ready_to_write if create else self._ready_to_read:
+            return True
+        with self._setting_up:
+            if place == "absent":
+                dialect.make_place()
+            try:
+                exists = self.schema.ensure(
+                    dialect, create=create, trust=self._trusts, wait_seconds=BUSY_SECONDS
+                )
+            except StorageUnavailable:
+                # A file may be replaced before the next time.
+                self._start_anew(dialect)
+                raise
+            dialect.set_up()
+            self._trusts = True
+            self._ready_to_read = exists
+            self._ready_to_write = exists and create
+            return exists
+
+    def _start_anew(self, dialect: Dialect) -> None:
+        if dialect.owned:
+            dialect.engine.dispose()
+        self._ready_to_read = self._ready_to_write = False
+
+
+@contextmanager
+def _connection(dialect: Dialect) -> Iterator[sa.Connection]:
+    """Connect; what others close meanwhile, by closing the storage, is closed in the end."""
+    pool = dialect.engine.pool
+    with dialect.connect() as connection:
+        try:
+            yield connection
+        finally:
+            if dialect.engine.pool is not pool and not connection.closed:
+                # Else it would go back to a pool that nobody empties any more.
+                connection.invalidate()

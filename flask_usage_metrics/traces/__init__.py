@@ -1,0 +1,1 @@
+"""OpenTelemetry spans of requests: live, from records, and again long after."""

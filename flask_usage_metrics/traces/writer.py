@@ -1,0 +1,218 @@
+"""Ends the span of each record with what the record says: a storage like any other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from flask_usage_metrics.errors import RecordsRejected, StorageUnavailable
+from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.storage import Writer
+from flask_usage_metrics.traces.conventions import SCHEMA_URL, attributes_of, is_error, name_of
+from flask_usage_metrics.traces.export import TraceExport
+from flask_usage_metrics.traces.live import SCOPE, LiveSpans
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+_AT_ONCE = 512
+"""Spans of requests in one export, at most: as many as the SDK's own batches have."""
+
+_FEWER = 4
+"""How many times fewer are sent at once after a failure, and more after a success."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class SpanWriter(Writer):
+    """Ends live spans; those of a process that was killed are made again, with the same ids.
+
+    So a span waits in the journal and on disk like a row, until the collector has it.
+    """
+
+    name = "traces"
+
+    def set_up(self, export: TraceExport, live: LiveSpans, *, user: bool, version: str) -> None:
+        """Keep what is needed.
+
+        Args:
+            export: Where spans go.
+            live: Where those of this process are.
+            user: Whether the user is named.
+            version: Version of the package.
+        """
+        self._export = export
+        self._live = live
+        self._user = user
+        self._version = version
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._again: trace.Tracer | None = None
+        self._ids = _GivenIds(None)
+        # Of a batch that is not done with: what is still to be exported of each record, for a span
+        # ends only once; and why there never will be anything.
+        self._unsent: dict[str, list[ReadableSpan]] = {}
+        self._refused: dict[str, str] = {}
+        self._at_once = _AT_ONCE
+
+    def write(self, batch: Sequence[UsageRecord]) -> None:
+        """End the spans of a batch, and export them if the provider is ours.
+
+        Raises:
+            StorageUnavailable: The collector did not take them.
+            RecordsRejected: Of some there is no span, or the collector takes all but these.
+        """
+        unsent, self._unsent = self._unsent, {}
+        for record in batch:
+            known = unsent.get(record.id)
+            self._unsent[record.id] = self._end(record) if known is None else known
+        self._send()
+        refused, self._refused, self._unsent = self._refused, {}, {}
+        positions = [number for number, record in enumerate(batch) if record.id in refused]
+        if positions:
+            raise RecordsRejected(positions, refused[batch[positions[0]].id])
+
+    def _send(self) -> None:
+        """Export what is left; after a failure less at once, lest a few spans hold up all others.
+
+        An exporter does not tell an outage from spans that are malformed, or too many at once. So
+        it is an outage unless something was taken in the same attempt.
+        """
+        is_up, most = False, _AT_ONCE
+        while left := [key for key, spans in self._unsent.items() if spans]:
+            part = left[: self._at_once]
+            try:
+                self._export_all(part)
+            except StorageUnavailable:
+                self._at_once = max(len(part) // _FEWER, 1)
+                if len(part) == 1 < len(left):
+                    self._judge(part, left[-1:])
+                    most = _AT_ONCE
+                elif is_up and len(part) > 1:
+                    most = self._at_once
+                else:
+                    raise
+            else:
+                self._at_once = min(self._at_once * _FEWER, most)
+            is_up = True
+
+    def _judge(self, suspect: Sequence[str], other: Sequence[str]) -> None:
+        """Refuse what is not taken alone, just before and just after another is.
+
+        Raises:
+            StorageUnavailable: The other is not taken either.
+        """
+        self._export_all(other)
+        try:
+            self._export_all(suspect)
+        except StorageUnavailable:
+            (key,) = suspect
+            self._unsent[key] = []
+            self._refused[key] = "not taken by the collector"
+
+    def _export_all(self, keys: Sequence[str]) -> None:
+        self._export.export([span for key in keys for span in self._unsent[key]])
+        for key in keys:
+            self._unsent[key] = []
+
+    def flush(self) -> None:
+        """Send what other libraries have left."""
+        self._export.flush()
+
+    def reset_after_fork(self) -> None:
+        """Forget what the parent process will export."""
+        self._export.reset_after_fork()
+        self._start_anew()
+
+    def _end(self, record: UsageRecord) -> list[ReadableSpan]:
+        """End the span of a record; return what is to be exported."""
+        with self._export.collecting() as spans:
+            try:
+                if not self._end_with(record):
+                    self._refused[record.id] = "not sampled"
+            except Exception as error:  # noqa: BLE001 - samplers and processors may be anybody's
+                if not spans:
+                    self._refused[record.id] = type(error).__name__
+        return spans
+
+    def _end_with(self, record: UsageRecord) -> bool:
+        start_ns = (record.started_at - _EPOCH) // _MICROSECOND * 1000
+        span = self._live.take(record.span_id)
+        if span is None:
+            span = self._make_again(record, start_ns)
+        if not span.is_recording():
+            return False
+        start_ns = getattr(span, "start_time", None) or start_ns
+        span.update_name(name_of(record))
+        span.set_attributes(attributes_of(record, user=self._user))
+        if is_error(record):
+            span.set_status(trace.Status(trace.StatusCode.ERROR))
+        span.end(start_ns + round(record.duration_seconds * 1e9))
+        return True
+
+    def _make_again(self, record: UsageRecord, start_ns: int) -> trace.Span:
+        """Start the span of a record; one that had none has ids made of the record's."""
+        digits = record.id.replace("-", "")
+        trace_id = int(record.trace_id or digits, 16)
+        span_id = int(record.span_id or digits[16:], 16)
+        if self._again is None:
+            self._again = self._export.provider().get_tracer(
+                SCOPE, self._version, schema_url=SCHEMA_URL
+            )
+            self._ids = _GivenIds(getattr(self._again, "id_generator", None))
+            with suppress(AttributeError):  # of the SDK's tracers only; others make their own ids
+                self._again.id_generator = self._ids  # type: ignore[attr-defined]
+        context = Context()
+        if record.parent_span_id is not None:
+            parent = trace.SpanContext(
+                trace_id,
+                int(record.parent_span_id, 16),
+                is_remote=True,
+                trace_flags=trace.TraceFlags(trace.TraceFlags.SAMPLED),
+            )
+            context = trace.set_span_in_context(trace.NonRecordingSpan(parent), context)
+        with self._ids.given(trace_id, span_id):
+            return self._again.start_span(
+                name_of(record), context, trace.SpanKind.SERVER, start_time=start_ns
+            )
+
+
+class _GivenIds:
+    """Hands out the ids of a span that is made again (the SDK's IdGenerator).
+
+    Args:
+        others: What makes all other ids, should the SDK share a tracer.
+    """
+
+    def __init__(self, others: Any) -> None:
+        self._others = others
+        self._local = threading.local()
+
+    @contextmanager
+    def given(self, trace_id: int, span_id: int) -> Iterator[None]:
+        """Hand out these ids to this thread meanwhile."""
+        self._local.ids = trace_id, span_id
+        try:
+            yield
+        finally:
+            self._local.ids = None
+
+    def generate_trace_id(self) -> int:
+        ids: tuple[int, int] | None = getattr(self._local, "ids", None)
+        return int(self._others.generate_trace_id()) if ids is None else ids[0]
+
+    def generate_span_id(self) -> int:
+        ids: tuple[int, int] | None = getattr(self._local, "ids", None)
+        return int(self._others.generate_span_id()) if ids is None else ids[1]
+
+    def is_trace_id_random(self) -> bool:
+        # What nobody promises is not claimed (W3C trace context, level 2).
+        return False
