@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mmdb_writer import MMDBWriter
 from netaddr import IPSet
 
-from flask_usage_metrics.enrich.country import Answer, Limits, Locator, make_locator
+from flask_usage_metrics.enrich.country import Answer, CountryLookup, Limits, make_country_lookup
 from flask_usage_metrics.enrich.country.answer import ISO_CODES
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.runtime.faults import Faults
@@ -22,9 +22,9 @@ from flask_usage_metrics.runtime.faults import Faults
 UNKNOWN = Answer()
 
 
-def locator(setting, *, trusted_proxies=True, faults=None, limits=None, **other) -> Locator:
+def countries(setting, *, trusted_proxies=True, faults=None, limits=None, **other) -> CountryLookup:
     given = {"use_freegeoip": False, "freegeoip_endpoint": None, "function": None} | other
-    return make_locator(
+    return make_country_lookup(
         setting,
         trusted_proxies=trusted_proxies,
         faults=faults or Faults(),
@@ -34,7 +34,7 @@ def locator(setting, *, trusted_proxies=True, faults=None, limits=None, **other)
 
 
 def country(setting, address="8.8.8.8", headers=(), trusted=True):
-    return locator(setting).locate(address, headers, trusted).country
+    return countries(setting).locate(address, headers, trusted).country
 
 
 class Clock:
@@ -50,7 +50,7 @@ class Clock:
 
 def test_auto_knows_countries_without_any_set_up():
     assert country("auto") == "US"
-    assert locator("auto").headers == ()
+    assert countries("auto").headers == ()
 
 
 def test_none_and_an_empty_list_know_nothing():
@@ -66,7 +66,7 @@ def without(monkeypatch, package, module):
 def test_auto_without_iptocc_says_once_what_to_install_and_knows_nothing(monkeypatch, caplog):
     without(monkeypatch, "iptocc", "offline")
     caplog.set_level(logging.INFO, logger="flask_usage_metrics")
-    nowhere = locator("auto")
+    nowhere = countries("auto")
     assert nowhere.locate("8.8.8.8", (), False) == UNKNOWN
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "pip install 'flask-usage-metrics[country]'" in caplog.text
@@ -79,7 +79,7 @@ def test_auto_without_iptocc_says_once_what_to_install_and_knows_nothing(monkeyp
 def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch, setting, package, module):
     without(monkeypatch, package, module)
     with pytest.raises(ConfigError) as caught:
-        locator(setting)
+        countries(setting)
     expected = f"{package} is not installed: pip install 'flask-usage-metrics[country]'"
     assert str(caught.value) == expected
 
@@ -90,7 +90,7 @@ def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch, setting, pac
 )
 def test_a_wrong_setting_is_named_with_what_is_expected(setting):
     with pytest.raises(ConfigError, match=r"^TRACK_USAGE_COUNTRY must be 'auto', .*, not "):
-        locator(setting)
+        countries(setting)
 
 
 @pytest.mark.parametrize(
@@ -99,26 +99,26 @@ def test_a_wrong_setting_is_named_with_what_is_expected(setting):
 )
 def test_a_url_that_cannot_be_asked_is_refused(url):
     with pytest.raises(ConfigError, match="TRACK_USAGE_COUNTRY must be a URL"):
-        locator(url)
+        countries(url)
     with pytest.raises(ConfigError, match="TRACK_USAGE_FREEGEOIP_ENDPOINT must be a URL"):
-        locator(None, use_freegeoip=True, freegeoip_endpoint=url)
+        countries(None, use_freegeoip=True, freegeoip_endpoint=url)
 
 
 @pytest.mark.parametrize("url", ["htp://h/?key=secret", "http://user:secret@/{ip}?key=secret"])
 def test_a_refused_url_does_not_show_its_key(url):
     with pytest.raises(ConfigError) as caught:
-        locator(url)
+        countries(url)
     assert "secret" not in str(caught.value)
 
 
 def test_the_freegeoip_endpoint_is_not_looked_at_unless_it_is_used():
-    assert locator(None, freegeoip_endpoint="no url").locate("8.8.8.8", (), True) == UNKNOWN
+    assert countries(None, freegeoip_endpoint="no url").locate("8.8.8.8", (), True) == UNKNOWN
 
 
 def test_a_header_without_trusted_proxies_is_refused_because_it_could_never_be_believed():
     for setting in ("header:CF-IPCountry", ["iptocc", "header:CF-IPCountry"]):
         with pytest.raises(ConfigError, match=r"COUNTRY.*TRACK_USAGE_TRUSTED_PROXIES"):
-            locator(setting, trusted_proxies=False)
+            countries(setting, trusted_proxies=False)
 
 
 async def _asynchronous(address):
@@ -128,7 +128,7 @@ async def _asynchronous(address):
 @pytest.mark.parametrize("function", ["DE", 5, _asynchronous])
 def test_a_function_that_cannot_be_called_is_refused(function):
     with pytest.raises(ConfigError, match=r"TrackUsage\(country=\.\.\.\) must be a function"):
-        locator("auto", function=function)
+        countries("auto", function=function)
 
 
 def test_the_codes_are_the_249_of_iso_and_kosovos():
@@ -141,15 +141,15 @@ def test_the_codes_are_the_249_of_iso_and_kosovos():
 
 
 def test_the_header_of_a_trusted_proxy_is_believed():
-    cloudflare = locator("header:CF-IPCountry")
+    cloudflare = countries("header:CF-IPCountry")
     assert cloudflare.headers == ("HTTP_CF_IPCOUNTRY",)
     assert cloudflare.locate("8.8.8.8", ("de",), True) == Answer("DE")
     assert cloudflare.locate(None, (" DE ",), True) == Answer("DE")
 
 
 def test_the_header_of_anybody_else_is_not():
-    assert locator("header:CF-IPCountry").locate("8.8.8.8", ("DE",), False) == UNKNOWN
-    both = locator(["header:CF-IPCountry", "iptocc"])
+    assert countries("header:CF-IPCountry").locate("8.8.8.8", ("DE",), False) == UNKNOWN
+    both = countries(["header:CF-IPCountry", "iptocc"])
     assert both.locate("8.8.8.8", ("DE",), False) == Answer("US")
 
 
@@ -178,7 +178,7 @@ def test_the_edgescape_header_of_akamai_is_read(value):
     assert country("header:X-Akamai-Edgescape", headers=(value,)) == "US"
 
 
-SOME_HEADER = locator("header:X-Country")
+SOME_HEADER = countries("header:X-Country")
 
 
 @given(st.text(max_size=300) | st.text("DEUScountry_=,XZ\xdf ", max_size=30))
@@ -187,7 +187,7 @@ def test_whatever_a_header_holds_the_answer_is_a_country_or_unknown(value):
 
 
 def test_the_first_source_that_knows_wins():
-    some = locator(["header:A-Country", "header:B-Country", "iptocc", "header:A-Country"])
+    some = countries(["header:A-Country", "header:B-Country", "iptocc", "header:A-Country"])
     assert some.headers == ("HTTP_A_COUNTRY", "HTTP_B_COUNTRY")
     assert some.locate("8.8.8.8", ("FR", "DE"), True).country == "FR"
     assert some.locate("8.8.8.8", ("XX", "DE"), True).country == "DE"
@@ -217,7 +217,7 @@ def test_iptocc_knows_public_addresses(address, expected):
 
 def test_a_source_that_raises_is_counted_and_the_next_one_is_asked(monkeypatch):
     faults = Faults()
-    some = locator(["iptocc", "header:X-Country"], faults=faults)
+    some = countries(["iptocc", "header:X-Country"], faults=faults)
     some._sources[0]._country_code = lambda address: 1 / 0
     assert some.locate("8.8.8.8", ("DE",), True) == Answer("DE")
     assert faults.counts() == {"country": 1}
@@ -259,7 +259,7 @@ def iso(code):
 )
 def test_every_layout_of_a_database_is_read(tmp_path, layout, expected):
     path = write_mmdb(tmp_path / "country.mmdb", layout)
-    database = locator(f"mmdb:{path}")
+    database = countries(f"mmdb:{path}")
     assert database.locate("8.8.8.8", (), False).country == expected
     assert database.locate("9.9.9.9", (), False) == UNKNOWN
     assert database.locate(None, (), False) == UNKNOWN
@@ -267,7 +267,7 @@ def test_every_layout_of_a_database_is_read(tmp_path, layout, expected):
 
 def test_an_ipv6_address_is_unknown_to_a_database_without_ipv6(tmp_path):
     faults = Faults()
-    database = locator(f"mmdb:{write_mmdb(tmp_path / 'country.mmdb')}", faults=faults)
+    database = countries(f"mmdb:{write_mmdb(tmp_path / 'country.mmdb')}", faults=faults)
     assert database.locate("2001:4860::1", (), False) == UNKNOWN
     assert faults.counts() == {}
 
@@ -283,16 +283,18 @@ def test_a_private_address_is_looked_up_because_the_file_is_the_owners(tmp_path)
 
 
 class Watched:
-    """A database file and a locator that looks at it, with a clock of its own."""
+    """A database file and a countries that looks at it, with a clock of its own."""
 
     def __init__(self, path):
         self.path = path
         self.clock = Clock()
         self.faults = Faults()
-        self.locator = locator(f"mmdb:{path}", faults=self.faults, limits=Limits(clock=self.clock))
+        self.countries = countries(
+            f"mmdb:{path}", faults=self.faults, limits=Limits(clock=self.clock)
+        )
 
     def country(self, address="8.8.8.8"):
-        return self.locator.locate(address, (), False).country
+        return self.countries.locate(address, (), False).country
 
     def a_minute_later(self):
         self.clock.now += 60
@@ -315,9 +317,9 @@ def test_a_database_replaced_by_rename_is_read_within_a_minute(watched, tmp_path
 
 
 def test_an_unchanged_database_is_not_read_again(watched):
-    reader = watched.locator._sources[0]._reader
+    reader = watched.countries._sources[0]._reader
     assert watched.a_minute_later() == "US"
-    assert watched.locator._sources[0]._reader is reader
+    assert watched.countries._sources[0]._reader is reader
 
 
 def test_a_half_written_database_leaves_the_old_one_in_use(watched, tmp_path):
@@ -382,17 +384,17 @@ def test_a_relative_path_is_that_of_the_start(tmp_path, monkeypatch):
 OVERWRITE = """
 import sys
 from pathlib import Path
-from flask_usage_metrics.enrich.country import make_locator
+from flask_usage_metrics.enrich.country import make_country_lookup
 from flask_usage_metrics.runtime.faults import Faults
 
 path = Path(sys.argv[1])
-locator = make_locator("mmdb:" + sys.argv[1], trusted_proxies=False, use_freegeoip=False,
+countries = make_country_lookup("mmdb:" + sys.argv[1], trusted_proxies=False, use_freegeoip=False,
                        freegeoip_endpoint=None, function=None, faults=Faults())
 with path.open("r+b") as file:
     file.truncate(0)
-print({locator.locate(f"8.8.{a}.{b}", (), False).country for a in range(256) for b in (1, 2)})
+print({countries.locate(f"8.8.{a}.{b}", (), False).country for a in range(256) for b in (1, 2)})
 path.write_bytes(b"something else")
-print({locator.locate(f"8.8.{a}.{b}", (), False).country for a in range(256) for b in (3, 4)})
+print({countries.locate(f"8.8.{a}.{b}", (), False).country for a in range(256) for b in (3, 4)})
 """
 
 
@@ -418,7 +420,7 @@ def test_the_copy_leaves_no_file_behind(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     (tmp_path / "broken.mmdb").write_bytes(b"broken")
     path = write_mmdb(tmp_path / "country.mmdb")
-    locator([f"mmdb:{path}", f"mmdb:{tmp_path / 'broken.mmdb'}"])
+    countries([f"mmdb:{path}", f"mmdb:{tmp_path / 'broken.mmdb'}"])
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -427,7 +429,7 @@ def test_a_database_is_read_without_a_folder_for_temporary_files(tmp_path, monke
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     faults = Faults()
     path = write_mmdb(tmp_path / "country.mmdb")
-    assert locator(f"mmdb:{path}", faults=faults).locate("8.8.8.8", (), True).country == "US"
+    assert countries(f"mmdb:{path}", faults=faults).locate("8.8.8.8", (), True).country == "US"
     assert faults.counts() == {}
 
 
@@ -440,7 +442,7 @@ def test_the_slow_decoder_is_warned_of_once(tmp_path, monkeypatch, caplog):
     write_mmdb(tmp_path / "new.mmdb", iso("FR")).replace(watched.path)
     assert watched.a_minute_later() == "FR"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    watched.locator._sources[0]._reader.close()
+    watched.countries._sources[0]._reader.close()
 
 
 def test_damage_inside_a_database_makes_unknown_and_is_counted(tmp_path):
@@ -458,4 +460,4 @@ def test_countries_kept_of_a_database_are_bounded(tmp_path):
     watched = Watched(write_mmdb(tmp_path / "country.mmdb", iso("US"), network="8.0.0.0/8"))
     for number in range(20_000):
         assert watched.country(f"8.0.{number >> 8}.{number & 255}") == "US"
-    assert len(watched.locator._sources[0]._found) <= 8192
+    assert len(watched.countries._sources[0]._found) <= 8192

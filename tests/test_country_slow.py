@@ -19,7 +19,7 @@ import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flask_usage_metrics.enrich.country import Answer, Limits, make_locator
+from flask_usage_metrics.enrich.country import Answer, Limits, make_country_lookup
 from flask_usage_metrics.enrich.country.answer import ISO_CODES
 from flask_usage_metrics.runtime.faults import Faults
 
@@ -124,7 +124,7 @@ def make(clock, faults):
 
     def make(setting=None, *, function=None, freegeoip=None, trusted=True, **limits):
         limits = {"read_seconds": 0.3, "clock": clock} | limits
-        locator = make_locator(
+        countries = make_country_lookup(
             setting,
             trusted_proxies=trusted,
             use_freegeoip=freegeoip is not None,
@@ -133,20 +133,20 @@ def make(clock, faults):
             faults=faults,
             limits=Limits(**limits),
         )
-        made.append(locator)
-        return locator
+        made.append(countries)
+        return countries
 
     yield make
-    for locator in made:
-        locator.close()
+    for countries in made:
+        countries.close()
 
 
-def ask(locator, address="8.8.8.8", headers=(), trusted=False):
+def ask(countries, address="8.8.8.8", headers=(), trusted=False):
     """Call until there is an answer, as the pipeline does."""
     until = time.monotonic() + 5
-    while (answer := locator.locate(address, headers, trusted)) is None:
+    while (answer := countries.locate(address, headers, trusted)) is None:
         assert time.monotonic() < until, "no answer"
-        locator.wait(0.1)
+        countries.wait(0.1)
     return answer
 
 
@@ -161,11 +161,11 @@ def until_true(condition):
 
 
 def test_a_service_is_asked_in_the_background_and_fills_country_and_ip_info(server, make):
-    locator = make(server.url + "/{ip}")
-    assert locator.locate("8.8.8.8", (), False) is None
-    assert locator.outstanding()
-    assert ask(locator) == GERMANY
-    assert not locator.outstanding()
+    countries = make(server.url + "/{ip}")
+    assert countries.locate("8.8.8.8", (), False) is None
+    assert countries.outstanding()
+    assert ask(countries) == GERMANY
+    assert not countries.outstanding()
     assert server.paths == ["/8.8.8.8"]
 
 
@@ -208,41 +208,41 @@ def test_the_country_is_found_under_every_name_services_give_it(server, make, an
     "address", ["127.0.0.1", "10.1.2.3", "192.168.1.1", "::1", "fe80::1", "fd00::1", "100.64.0.1"]
 )
 def test_a_private_address_is_never_sent_to_a_service(server, make, address):
-    locator = make(server.url)
-    assert locator.locate(address, (), False) == UNKNOWN
-    assert locator.locate(None, (), False) == UNKNOWN
-    assert not locator.outstanding()
+    countries = make(server.url)
+    assert countries.locate(address, (), False) == UNKNOWN
+    assert countries.locate(None, (), False) == UNKNOWN
+    assert not countries.outstanding()
     assert server.paths == []
 
 
 def test_an_address_is_asked_for_once_while_it_is_under_way_and_for_a_day_after(
     server, make, clock
 ):
-    locator = make(server.url)
+    countries = make(server.url)
     server.hangs()
     for _ in range(20):
-        assert locator.locate("8.8.8.8", (), False) is None
+        assert countries.locate("8.8.8.8", (), False) is None
     until_true(lambda: server.asked)
     server.answers({"country_code": "DE"})
-    ask(locator, "9.9.9.9")
+    ask(countries, "9.9.9.9")
     assert server.paths == ["/8.8.8.8", "/9.9.9.9"]
     clock.now += 86_399
-    assert ask(locator, "9.9.9.9") == GERMANY
+    assert ask(countries, "9.9.9.9") == GERMANY
     assert server.paths == ["/8.8.8.8", "/9.9.9.9"]
     clock.now += 2
-    assert ask(locator, "9.9.9.9") == GERMANY
+    assert ask(countries, "9.9.9.9") == GERMANY
     assert server.paths == ["/8.8.8.8", "/9.9.9.9", "/9.9.9.9"]
 
 
 def test_a_failure_is_kept_for_ten_minutes(server, make, clock, faults):
-    locator = make(server.url)
+    countries = make(server.url)
     server.answers({}, status=500)
-    assert ask(locator) == UNKNOWN
+    assert ask(countries) == UNKNOWN
     server.answers({"country_code": "DE"})
     clock.now += 599
-    assert ask(locator) == UNKNOWN
+    assert ask(countries) == UNKNOWN
     clock.now += 2
-    assert ask(locator) == GERMANY
+    assert ask(countries) == GERMANY
     assert len(server.asked) == 2
     assert faults.counts() == {"country": 1}
 
@@ -284,9 +284,9 @@ def hung(handler):
 @pytest.mark.parametrize("behave", [endless, trickling, cut, no_http, hung])
 def test_a_service_that_misbehaves_is_given_up_in_time(server, make, faults, behave):
     server.behave = behave
-    locator = make(server.url, clock=time.monotonic, answer_seconds=0.2)
+    countries = make(server.url, clock=time.monotonic, answer_seconds=0.2)
     begun = time.monotonic()
-    assert ask(locator) == UNKNOWN
+    assert ask(countries) == UNKNOWN
     assert time.monotonic() - begun < 2
     assert faults.counts() == {"country": 1}
 
@@ -309,11 +309,11 @@ def test_a_service_that_misbehaves_is_given_up_in_time(server, make, faults, beh
 )
 def test_an_answer_that_is_no_small_json_object_is_a_failure(server, make, faults, clock, body):
     server.answers(body)
-    locator = make(server.url)
-    assert ask(locator) == UNKNOWN
+    countries = make(server.url)
+    assert ask(countries) == UNKNOWN
     assert faults.counts() == {"country": 1}
     clock.now += 599
-    assert ask(locator) == UNKNOWN
+    assert ask(countries) == UNKNOWN
     assert len(server.asked) == 1
 
 
@@ -344,9 +344,9 @@ def test_a_service_that_is_not_there_makes_unknown(make, faults):
 
 def test_cookies_are_not_sent_back_and_the_connection_is_used_again(server, make):
     server.answers({"country_code": "DE"}, Set_Cookie="id=1")
-    locator = make(server.url)
-    ask(locator, "8.8.8.8")
-    ask(locator, "9.9.9.9")
+    countries = make(server.url)
+    ask(countries, "8.8.8.8")
+    ask(countries, "9.9.9.9")
     assert ["Cookie" in headers for _, headers in server.asked] == [False, False]
     assert server.connections == 1
 
@@ -355,106 +355,106 @@ def test_asking_never_blocks_while_a_service_hangs_and_ends_at_the_deadline(
     server, make, clock, faults
 ):
     server.hangs()
-    locator = make(server.url, read_seconds=5)
+    countries = make(server.url, read_seconds=5)
     begun = time.monotonic()
-    assert [locator.locate(f"8.8.8.{n}", (), False) for n in range(100)] == [None] * 100
+    assert [countries.locate(f"8.8.8.{n}", (), False) for n in range(100)] == [None] * 100
     assert time.monotonic() - begun < 0.5
     clock.now += 4.9
-    assert locator.locate("8.8.8.1", (), False) is None
-    assert locator.outstanding()
+    assert countries.locate("8.8.8.1", (), False) is None
+    assert countries.outstanding()
     clock.now += 0.2
-    assert not locator.outstanding()
-    assert [locator.locate(f"8.8.8.{n}", (), False) for n in range(100)] == [UNKNOWN] * 100
-    assert locator.locate("8.8.8.1", (), False) == UNKNOWN
+    assert not countries.outstanding()
+    assert [countries.locate(f"8.8.8.{n}", (), False) for n in range(100)] == [UNKNOWN] * 100
+    assert countries.locate("8.8.8.1", (), False) == UNKNOWN
     assert faults.counts() == {"country": 100}
     server.released.set()
 
 
 def test_an_answer_that_comes_after_the_deadline_is_kept(server, make, clock):
     server.hangs()
-    locator = make(server.url, read_seconds=5)
-    assert locator.locate("8.8.8.8", (), False) is None
+    countries = make(server.url, read_seconds=5)
+    assert countries.locate("8.8.8.8", (), False) is None
     until_true(lambda: server.asked)
     clock.now += 6
-    assert locator.locate("8.8.8.8", (), False) == UNKNOWN
+    assert countries.locate("8.8.8.8", (), False) == UNKNOWN
     server.released.set()
-    until_true(lambda: locator._askers[0].arrived)
-    assert locator.locate("8.8.8.8", (), False) == GERMANY
+    until_true(lambda: countries._lookups[0].arrived)
+    assert countries.locate("8.8.8.8", (), False) == GERMANY
 
 
 def test_more_questions_than_the_queue_holds_are_unknown_at_once_and_counted(server, make, faults):
     server.hangs()
-    locator = make(server.url, questions=10, read_seconds=5)
-    answers = [locator.locate(f"8.8.8.{n}", (), False) for n in range(15)]
+    countries = make(server.url, questions=10, read_seconds=5)
+    answers = [countries.locate(f"8.8.8.{n}", (), False) for n in range(15)]
     assert answers == [None] * 10 + [UNKNOWN] * 5
     assert faults.counts() == {"country": 5}
     server.released.set()
 
 
 def test_five_failures_in_a_row_pause_a_service_for_a_minute(server, make, clock):
-    locator = make(server.url)
-    ask(locator, "9.9.9.9")
+    countries = make(server.url)
+    ask(countries, "9.9.9.9")
     server.answers({}, status=429)
     for number in range(5):
-        assert ask(locator, f"8.8.8.{number}") == UNKNOWN
+        assert ask(countries, f"8.8.8.{number}") == UNKNOWN
     server.answers({"country_code": "DE"})
     assert len(server.asked) == 6
 
     clock.now += 59
-    assert locator.locate("8.8.4.4", (), False) == UNKNOWN
-    assert locator.locate("9.9.9.9", (), False) == GERMANY
+    assert countries.locate("8.8.4.4", (), False) == UNKNOWN
+    assert countries.locate("9.9.9.9", (), False) == GERMANY
     assert len(server.asked) == 6
     clock.now += 1
-    assert ask(locator, "8.8.4.4") == GERMANY
+    assert ask(countries, "8.8.4.4") == GERMANY
 
 
 def test_one_failure_after_a_pause_begins_the_next(server, make, clock):
     server.answers({}, status=500)
-    locator = make(server.url)
+    countries = make(server.url)
     for number in range(5):
-        ask(locator, f"8.8.8.{number}")
+        ask(countries, f"8.8.8.{number}")
     clock.now += 60
-    assert ask(locator, "8.8.4.4") == UNKNOWN
-    assert locator.locate("8.8.4.5", (), False) == UNKNOWN
+    assert ask(countries, "8.8.4.4") == UNKNOWN
+    assert countries.locate("8.8.4.5", (), False) == UNKNOWN
     assert len(server.asked) == 6
 
 
 def test_failures_that_are_not_in_a_row_pause_nothing(server, make):
-    locator = make(server.url)
+    countries = make(server.url)
     for number in range(12):
         server.answers({"country_code": "DE"}, status=200 if number % 5 == 4 else 500)
-        assert locator.locate(f"8.8.8.{number}", (), False) is None
-        ask(locator, f"8.8.8.{number}")
+        assert countries.locate(f"8.8.8.{number}", (), False) is None
+        ask(countries, f"8.8.8.{number}")
     assert len(server.asked) == 12
 
 
 def test_an_address_a_service_does_not_know_is_no_failure_of_it(server, make, faults):
     server.answers({"message": "not found"}, status=404)
-    locator = make(server.url)
+    countries = make(server.url)
     for number in range(7):
-        assert ask(locator, f"8.8.8.{number}").country is None
+        assert ask(countries, f"8.8.8.{number}").country is None
     assert len(server.asked) == 7
     assert faults.counts() == {}
 
 
 def test_what_waits_when_a_pause_begins_is_not_sent(server, make):
     server.answers({}, status=503)
-    locator = make(server.url)
+    countries = make(server.url)
     addresses = [f"8.8.8.{number}" for number in range(100)]
     for address in addresses:
-        locator.locate(address, (), False)
-    assert [ask(locator, address) for address in addresses] == [UNKNOWN] * 100
+        countries.locate(address, (), False)
+    assert [ask(countries, address) for address in addresses] == [UNKNOWN] * 100
     assert len(server.asked) == 5
 
 
 def test_neither_an_address_nor_the_url_is_logged_at_any_level(server, make, caplog):
     caplog.set_level(logging.DEBUG)
-    locator = make(server.url + "/secret/{ip}")
-    assert ask(locator) == GERMANY
+    countries = make(server.url + "/secret/{ip}")
+    assert ask(countries) == GERMANY
     server.answers(b"", status=500, **{"Odd Header": "1"})
-    assert ask(locator, "9.9.9.9") == UNKNOWN
+    assert ask(countries, "9.9.9.9") == UNKNOWN
     server.behave = no_http
-    assert ask(locator, "9.9.9.10") == UNKNOWN
+    assert ask(countries, "9.9.9.10") == UNKNOWN
     port = free_port()
     assert ask(make(f"http://127.0.0.1:{port}/secret/{{ip}}")) == UNKNOWN
     assert "the country service gave no answer (status 500)" in caplog.text
@@ -471,9 +471,9 @@ def test_what_the_app_itself_asks_for_is_still_logged(server, make, caplog):
 
 
 def test_each_answer_has_an_ip_info_of_its_own(server, make):
-    locator = make(server.url)
-    ask(locator).ip_info["country_code"] = "changed"
-    assert ask(locator) == GERMANY
+    countries = make(server.url)
+    ask(countries).ip_info["country_code"] = "changed"
+    assert ask(countries) == GERMANY
 
 
 def test_ip_info_has_no_nul_which_postgresql_refuses(server, make):
@@ -485,25 +485,25 @@ def test_ip_info_has_no_nul_which_postgresql_refuses(server, make):
 def test_answers_kept_are_bounded_in_number_and_bytes(server, make):
     for limits in ({"answers": 10}, {"answers_bytes": 10 * len(b'{"country_code":"DE"}')}):
         server.asked.clear()
-        locator = make(server.url, **limits)
+        countries = make(server.url, **limits)
         for number in range(10):
-            ask(locator, f"8.8.8.{number}")
-        ask(locator, "8.8.8.0")
-        ask(locator, "9.9.9.9")
+            ask(countries, f"8.8.8.{number}")
+        ask(countries, "8.8.8.0")
+        ask(countries, "9.9.9.9")
         assert len(server.asked) == 11
-        ask(locator, "8.8.8.0")  # used lately
+        ask(countries, "8.8.8.0")  # used lately
         assert len(server.asked) == 11
-        ask(locator, "8.8.8.1")  # had to go
+        ask(countries, "8.8.8.1")  # had to go
         assert len(server.asked) == 12
 
 
 def test_an_answer_asked_for_anew_takes_no_more_room_than_before(server, make, clock):
-    locator = make(server.url, answers_bytes=10 * len(b'{"country_code":"DE"}'))
+    countries = make(server.url, answers_bytes=10 * len(b'{"country_code":"DE"}'))
     for asked in (10, 20, 30):
         for number in range(10):
-            ask(locator, f"8.8.8.{number}")
+            ask(countries, f"8.8.8.{number}")
         for number in range(10):
-            ask(locator, f"8.8.8.{number}")
+            ask(countries, f"8.8.8.{number}")
         assert len(server.asked) == asked
         clock.now += 86_401
 
@@ -519,7 +519,7 @@ COUNTRY_KEYS = st.sampled_from(
 
 
 def test_whatever_a_service_answers_is_a_country_or_unknown(server, make):
-    locator = make(server.url, pause_after=10**9)
+    countries = make(server.url, pause_after=10**9)
     numbers = iter(range(10**6))
 
     @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
@@ -530,7 +530,7 @@ def test_whatever_a_service_answers_is_a_country_or_unknown(server, make):
     def fuzz(body):
         number = next(numbers)
         server.answers(body)
-        answer = ask(locator, f"8.8.{number >> 8}.{number & 255}")
+        answer = ask(countries, f"8.8.{number >> 8}.{number & 255}")
         assert answer.country in ISO_CODES | {None}
         assert answer.ip_info is None or isinstance(answer.ip_info, dict)
 
@@ -542,9 +542,9 @@ def test_whatever_a_service_answers_is_a_country_or_unknown(server, make):
 
 def test_freegeoip_comes_first_and_leaves_out_what_flask_track_usage_did(server, make):
     server.answers({"countryCode": "DE", "businessWebsite": "", "status": "success", "city": "B"})
-    locator = make("iptocc", freegeoip=server.url + "/{ip}")
-    assert ask(locator) == Answer("DE", {"countryCode": "DE", "city": "B"})
-    assert locator.locate("10.0.0.1", (), False) == UNKNOWN
+    countries = make("iptocc", freegeoip=server.url + "/{ip}")
+    assert ask(countries) == Answer("DE", {"countryCode": "DE", "city": "B"})
+    assert countries.locate("10.0.0.1", (), False) == UNKNOWN
 
 
 def test_another_service_keeps_those_keys(server, make):
@@ -564,9 +564,9 @@ def test_a_local_source_stands_in_for_a_service_that_fails(server, make):
 
 
 def test_a_service_is_not_asked_when_a_source_before_it_knows(server, make):
-    locator = make(["header:X", "iptocc", server.url])
-    assert locator.locate("8.8.8.8", ("",), True) == Answer("US")
-    assert locator.locate("1.2.3.4", ("FR",), True) == Answer("FR")
+    countries = make(["header:X", "iptocc", server.url])
+    assert countries.locate("8.8.8.8", ("",), True) == Answer("US")
+    assert countries.locate("1.2.3.4", ("FR",), True) == Answer("FR")
     assert server.paths == []
 
 
@@ -574,9 +574,9 @@ def test_a_service_is_not_asked_when_a_source_before_it_knows(server, make):
 
 
 def test_a_function_takes_the_place_of_the_setting(make):
-    locator = make(["header:X", "iptocc", "nonsense"], function=lambda address: "fr")
-    assert locator.headers == ()
-    assert ask(locator) == Answer("FR")
+    countries = make(["header:X", "iptocc", "nonsense"], function=lambda address: "fr")
+    assert countries.headers == ()
+    assert ask(countries) == Answer("FR")
 
 
 def test_a_function_is_called_with_any_address_once_on_another_thread(make):
@@ -586,11 +586,11 @@ def test_a_function_is_called_with_any_address_once_on_another_thread(make):
         called.append((address, threading.current_thread() is threading.main_thread()))
         return "CH"
 
-    locator = make(function=function)
+    countries = make(function=function)
     for _ in range(3):
-        assert ask(locator, "127.0.0.1") == Answer("CH")
+        assert ask(countries, "127.0.0.1") == Answer("CH")
     assert called == [("127.0.0.1", False)]
-    assert locator.locate(None, (), False) == UNKNOWN
+    assert countries.locate(None, (), False) == UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -614,17 +614,17 @@ def test_what_a_function_raises_is_counted_and_means_unknown(make, faults, clock
             raise answer
         return answer
 
-    locator = make(function=function)
-    assert ask(locator) == UNKNOWN
+    countries = make(function=function)
+    assert ask(countries) == UNKNOWN
     assert faults.counts() == {"country": 1}
     clock.now += 9
-    assert ask(locator) == UNKNOWN
+    assert ask(countries) == UNKNOWN
     clock.now += 2
-    assert ask(locator) == Answer("DE")
+    assert ask(countries) == Answer("DE")
     clock.now += 299
-    assert ask(locator) == Answer("DE")
+    assert ask(countries) == Answer("DE")
     clock.now += 2
-    assert ask(locator) == Answer("FR")
+    assert ask(countries) == Answer("FR")
 
 
 def test_a_function_that_always_raises_is_not_paused(make):
@@ -634,9 +634,9 @@ def test_a_function_that_always_raises_is_not_paused(make):
         called.append(address)
         raise ValueError
 
-    locator = make(function=function)
+    countries = make(function=function)
     for number in range(12):
-        ask(locator, f"8.8.8.{number}")
+        ask(countries, f"8.8.8.{number}")
     assert len(called) == 12
 
 
@@ -644,18 +644,18 @@ def test_a_function_that_hangs_makes_unknown_after_the_deadline_and_memory_is_bo
     make, clock, faults
 ):
     release = threading.Event()
-    locator = make(function=lambda address: release.wait(10) and "DE", questions=50)
-    answers = [locator.locate(f"8.8.8.{n}", (), False) for n in range(200)]
+    countries = make(function=lambda address: release.wait(10) and "DE", questions=50)
+    answers = [countries.locate(f"8.8.8.{n}", (), False) for n in range(200)]
     assert answers == [None] * 50 + [UNKNOWN] * 150
     clock.now += 5
-    answers = [locator.locate(f"8.8.8.{n}", (), False) for n in range(200)]
+    answers = [countries.locate(f"8.8.8.{n}", (), False) for n in range(200)]
     assert answers == [UNKNOWN] * 200
     begun = time.monotonic()
-    locator.wait(5)
-    locator.wait_local(5)
+    countries.wait(5)
+    countries.wait_local(5)
     assert time.monotonic() - begun < 1
     release.set()
-    until_true(lambda: locator._askers[0].arrived == 50)
+    until_true(lambda: countries._lookups[0].arrived == 50)
 
 
 def test_a_thread_that_hangs_for_a_minute_is_left_behind_three_times_at_most(make, clock):
@@ -668,80 +668,80 @@ def test_a_thread_that_hangs_for_a_minute_is_left_behind_three_times_at_most(mak
             release.wait(10)
         return "DE"
 
-    locator = make(function=function)
+    countries = make(function=function)
     before = set(asking_threads())
     for number in range(6):
-        locator.locate(f"9.9.9.{number}", (), False)
+        countries.locate(f"9.9.9.{number}", (), False)
         assert len(set(asking_threads()) - before) == min(number + 1, 4)
         until_true(lambda n=number: len(hanging) == min(n + 1, 4))
         clock.now += 61
         if number < 3:
-            assert ask(locator, f"8.8.8.{number}") == Answer("DE")
-    assert locator.locate("8.8.8.8", (), False) is None
+            assert ask(countries, f"8.8.8.{number}") == Answer("DE")
+    assert countries.locate("8.8.8.8", (), False) is None
     release.set()
-    assert ask(locator) == Answer("DE")
-    assert sum(thread is locator._askers[0]._thread for thread in threading.enumerate()) == 1
-    until_true(lambda: not any(thread.is_alive() for thread in locator._askers[0]._left_behind))
+    assert ask(countries) == Answer("DE")
+    assert sum(thread is countries._lookups[0]._thread for thread in threading.enumerate()) == 1
+    until_true(lambda: not any(thread.is_alive() for thread in countries._lookups[0]._left_behind))
 
 
 # -------------------------------------------------------------------------------- waiting
 
 
 def test_wait_returns_when_an_answer_arrives_even_if_it_came_before(make):
-    locator = make(function=lambda address: "DE")
+    countries = make(function=lambda address: "DE")
     for number in range(50):
         address = f"8.8.8.{number}"
-        assert locator.locate(address, (), False) is None
+        assert countries.locate(address, (), False) is None
         if number % 2:
-            until_true(lambda n=number: locator._askers[0].arrived == n + 1)
+            until_true(lambda n=number: countries._lookups[0].arrived == n + 1)
         begun = time.monotonic()
-        locator.wait(5)
+        countries.wait(5)
         assert time.monotonic() - begun < 1
-        assert locator.locate(address, (), False) == Answer("DE")
+        assert countries.locate(address, (), False) == Answer("DE")
     begun = time.monotonic()
-    locator.wait(5)
+    countries.wait(5)
     assert time.monotonic() - begun < 1
 
 
 def test_wait_returns_for_an_answer_that_came_before_though_another_is_under_way(make):
     release = threading.Event()
-    locator = make(function=lambda address: address == "8.8.8.8" or release.wait(10))
-    locator.locate("8.8.8.8", (), False)
-    locator.locate("9.9.9.9", (), False)
-    until_true(lambda: locator._askers[0].arrived)
+    countries = make(function=lambda address: address == "8.8.8.8" or release.wait(10))
+    countries.locate("8.8.8.8", (), False)
+    countries.locate("9.9.9.9", (), False)
+    until_true(lambda: countries._lookups[0].arrived)
     begun = time.monotonic()
-    locator.wait(5)
+    countries.wait(5)
     assert time.monotonic() - begun < 1
-    locator.wait(0.1)
+    countries.wait(0.1)
     assert 0.09 < time.monotonic() - begun < 1
     release.set()
 
 
 def test_wait_blocks_no_longer_than_its_timeout_or_the_deadline(server, make):
     server.hangs()
-    locator = make(server.url, read_seconds=5, deadline_seconds=0.3, clock=time.monotonic)
-    locator.locate("8.8.8.8", (), False)
+    countries = make(server.url, read_seconds=5, deadline_seconds=0.3, clock=time.monotonic)
+    countries.locate("8.8.8.8", (), False)
     begun = time.monotonic()
-    locator.wait(0.1)
+    countries.wait(0.1)
     assert 0.09 < time.monotonic() - begun < 0.25
-    locator.wait(5)
+    countries.wait(5)
     assert 0.25 < time.monotonic() - begun < 1
-    assert locator.locate("8.8.8.8", (), False) == UNKNOWN
+    assert countries.locate("8.8.8.8", (), False) == UNKNOWN
     server.released.set()
 
 
 def test_wait_local_waits_for_a_function_but_for_no_service(server, make):
     server.hangs()
-    locator = make(freegeoip=server.url, function=lambda address: time.sleep(0.1) or "DE")
-    locator.locate("8.8.8.8", (), False)  # the service is under way
-    locator.locate("10.0.0.1", (), False)  # the function is: no service is asked for that
+    countries = make(freegeoip=server.url, function=lambda address: time.sleep(0.1) or "DE")
+    countries.locate("8.8.8.8", (), False)  # the service is under way
+    countries.locate("10.0.0.1", (), False)  # the function is: no service is asked for that
     begun = time.monotonic()
-    locator.wait_local(5)
+    countries.wait_local(5)
     assert 0.05 < time.monotonic() - begun < 1
-    assert locator.locate("10.0.0.1", (), False) == Answer("DE")
-    assert locator.locate("8.8.8.8", (), False) is None
+    assert countries.locate("10.0.0.1", (), False) == Answer("DE")
+    assert countries.locate("8.8.8.8", (), False) is None
     begun = time.monotonic()
-    locator.wait_local(5)
+    countries.wait_local(5)
     make(server.url).wait_local(5)
     assert time.monotonic() - begun < 0.1
     server.released.set()
@@ -749,21 +749,21 @@ def test_wait_local_waits_for_a_function_but_for_no_service(server, make):
 
 def test_wait_local_ends_at_its_timeout(make):
     release = threading.Event()
-    locator = make(function=lambda address: release.wait(10))
-    locator.locate("8.8.8.8", (), False)
+    countries = make(function=lambda address: release.wait(10))
+    countries.locate("8.8.8.8", (), False)
     begun = time.monotonic()
-    locator.wait_local(0.05)
+    countries.wait_local(0.05)
     assert 0.04 < time.monotonic() - begun < 0.5
     release.set()
 
 
 def test_a_locator_of_local_sources_waits_for_nothing(make):
-    locator = make("iptocc")
+    countries = make("iptocc")
     begun = time.monotonic()
-    locator.wait(5)
-    locator.wait_local(5)
+    countries.wait(5)
+    countries.wait_local(5)
     assert time.monotonic() - begun < 0.1
-    assert not locator.outstanding()
+    assert not countries.outstanding()
 
 
 # -------------------------------------------------------------------------------- threads
@@ -774,16 +774,16 @@ def asking_threads():
 
 
 def test_no_thread_runs_before_the_first_question_nor_from_close_to_the_next(server, make):
-    locator = make([server.url, "header:X"], function=None)
+    countries = make([server.url, "header:X"], function=None)
     assert asking_threads() == []
-    ask(locator, headers=("",))
+    ask(countries, headers=("",))
     assert len(asking_threads()) == 1
-    locator.close()
-    locator.close()
+    countries.close()
+    countries.close()
     assert asking_threads() == []
-    assert locator.locate("8.8.8.8", ("",), False) == GERMANY
+    assert countries.locate("8.8.8.8", ("",), False) == GERMANY
     assert asking_threads() == []
-    assert ask(locator, "9.9.9.9", headers=("",)) == GERMANY
+    assert ask(countries, "9.9.9.9", headers=("",)) == GERMANY
 
 
 def test_close_forgets_what_is_being_asked(make):
@@ -795,15 +795,15 @@ def test_close_forgets_what_is_being_asked(make):
         release.wait(10)
         return "DE"
 
-    locator = make(function=function)
+    countries = make(function=function)
     for number in range(10):
-        locator.locate(f"8.8.8.{number}", (), False)
+        countries.locate(f"8.8.8.{number}", (), False)
     until_true(lambda: called)
     threading.Timer(0.05, release.set).start()
-    locator.close()
-    assert not locator.outstanding()
+    countries.close()
+    assert not countries.outstanding()
     assert called == ["8.8.8.0"]
-    assert ask(locator, "8.8.8.9") == Answer("DE")
+    assert ask(countries, "8.8.8.9") == Answer("DE")
     assert called == ["8.8.8.0", "8.8.8.9"]
 
 
@@ -816,18 +816,18 @@ def test_without_a_thread_countries_are_unknown_and_it_is_counted(make, faults, 
     def start(self):
         raise RuntimeError("can't start new thread")
 
-    locator = make(function=lambda address: "DE")
+    countries = make(function=lambda address: "DE")
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", start)
-        assert locator.locate("8.8.8.8", (), False) == UNKNOWN
-    assert not locator.outstanding()
+        assert countries.locate("8.8.8.8", (), False) == UNKNOWN
+    assert not countries.outstanding()
     assert faults.counts() == {"country": 1}
-    assert ask(locator) == Answer("DE")
+    assert ask(countries) == Answer("DE")
 
 
 FORK = """
 import os, threading, time
-from flask_usage_metrics.enrich.country import make_locator
+from flask_usage_metrics.enrich.country import make_country_lookup
 from flask_usage_metrics.runtime.faults import Faults
 
 release = threading.Event()
@@ -841,18 +841,18 @@ def function(address):
 
 def ask(address):
     until = time.monotonic() + 5
-    while (answer := locator.locate(address, (), False)) is None and time.monotonic() < until:
-        locator.wait(0.1)
+    while (answer := countries.locate(address, (), False)) is None and time.monotonic() < until:
+        countries.wait(0.1)
     return answer.country
 
-locator = make_locator("auto", trusted_proxies=False, use_freegeoip=False,
+countries = make_country_lookup("auto", trusted_proxies=False, use_freegeoip=False,
                        freegeoip_endpoint=None, function=function, faults=Faults())
-assert locator.locate("8.8.8.8", (), False) is None   # the parent's thread is in the middle of it
-assert locator.locate("9.9.9.9", (), False) is None
+assert countries.locate("8.8.8.8", (), False) is None   # the parent's thread is in the middle of it
+assert countries.locate("9.9.9.9", (), False) is None
 held = threading.Event()
 
 def hold():
-    with locator._bell:
+    with countries._answered:
         held.set()
         release.wait(10)
 
@@ -860,8 +860,8 @@ threading.Thread(target=hold).start()
 held.wait()                                           # and a lock is held by another
 child = os.fork()
 if child == 0:
-    locator.reset_after_fork()
-    assert not locator.outstanding()
+    countries.reset_after_fork()
+    assert not countries.outstanding()
     os._exit(0 if ask("8.8.8.8") == ask("9.9.9.9") == "DE" else 1)
 release.set()
 assert ask("8.8.8.8") == ask("9.9.9.9") == "FR"
@@ -883,20 +883,20 @@ def test_a_forked_child_asks_with_a_thread_of_its_own():
 
 
 def test_many_addresses_asked_at_once_are_all_answered(server, make):
-    locator = make(server.url)
+    countries = make(server.url)
     addresses = [f"8.8.{n >> 8}.{n & 255}" for n in range(400)]
     pending = list(addresses)
     until = time.monotonic() + 10
     while pending and time.monotonic() < until:
-        pending = [one for one in pending if locator.locate(one, (), False) is None]
-        locator.wait(0.1)
+        pending = [one for one in pending if countries.locate(one, (), False) is None]
+        countries.wait(0.1)
     assert pending == []
     assert sorted(server.paths) == sorted("/" + address for address in addresses)
 
 
 def test_only_what_is_in_a_package_answers_the_same_for_ever(tmp_path: Path) -> None:
     def is_static(given: object, function: Callable[[str], object] | None = None) -> bool:
-        return make_locator(
+        return make_country_lookup(
             given,
             trusted_proxies=True,
             use_freegeoip=False,

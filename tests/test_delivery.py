@@ -43,7 +43,7 @@ def visit(site: Site, count: int, path: str = "/nowhere") -> None:
         assert site.get(path).status_code in (200, 404)
 
 
-def settled(written: int, failed: int = 0, dropped: int = 0, pending: int = 0) -> dict[str, int]:
+def counts(written: int, failed: int = 0, dropped: int = 0, pending: int = 0) -> dict[str, int]:
     return {"written": written, "failed": failed, "dropped": dropped, "pending": pending}
 
 
@@ -62,9 +62,9 @@ def test_a_callable_that_raises_is_tried_once_a_record(
     visit(site, 20)
     assert site.usage.flush()
     assert (len(calls), len(kept)) == (20, 20)
-    assert site.account("broken") == settled(0, failed=20)
-    assert site.account("append") == settled(20)
-    assert site.account("metrics") == settled(20)
+    assert site.account("broken") == counts(0, failed=20)
+    assert site.account("append") == counts(20)
+    assert site.account("metrics") == counts(20)
     assert [message for message in caplog.messages if "broken" in message] == [
         f"sink broken: {error.__name__}; records were not written"
     ]
@@ -84,7 +84,7 @@ def test_one_poisonous_record_does_not_sink_its_batch(make_site: Callable[..., S
     visit(site, 30)
     assert site.usage.flush()
     assert len(kept.records) == len({record.id for record in kept.records}) == 60
-    assert site.account("kept") == settled(60, failed=1)
+    assert site.account("kept") == counts(60, failed=1)
 
 
 def test_an_outage_loses_nothing(make_site: Callable[..., Site]) -> None:
@@ -100,14 +100,14 @@ def test_an_outage_loses_nothing(make_site: Callable[..., Site]) -> None:
     before = random.getstate()
     visit(site, 10)
     assert not site.usage.flush(0.5)
-    assert site.account("kept") == settled(0, pending=10)
+    assert site.account("kept") == counts(0, pending=10)
     # The pauses between attempts are random, but an app may have seeded the generator.
     assert random.getstate() == before
-    assert site.account("metrics") == settled(10)
+    assert site.account("metrics") == counts(10)
     assert site.samples("flask_usage_sink_up")[(("sink", "kept"),)] == 0
     down.clear()
     assert site.usage.flush()
-    assert site.account("kept") == settled(10)
+    assert site.account("kept") == counts(10)
     assert site.samples("flask_usage_sink_up")[(("sink", "kept"),)] == 1
 
 
@@ -124,7 +124,7 @@ def test_a_failure_that_says_nothing_of_its_kind_is_tried_again(
     site = make_site(kept)
     visit(site, 3)
     assert site.usage.flush()
-    assert site.account("kept") == settled(3)
+    assert site.account("kept") == counts(3)
 
 
 @pytest.mark.parametrize("disk", [True, False], ids=["spooled", "no-disk"])
@@ -147,13 +147,13 @@ def test_a_blocked_storage_delays_neither_requests_nor_the_others(
     assert len(kept.records) == 160
     assert sum(site.counted().values()) == 160
     if disk:
-        assert site.account("blocked") == settled(0, pending=160)
+        assert site.account("blocked") == counts(0, pending=160)
     else:
         # 50 records wait in memory; there was no room for the others.
-        assert site.account("blocked") == settled(0, dropped=110, pending=50)
+        assert site.account("blocked") == counts(0, dropped=110, pending=50)
     free.set()
     assert site.usage.flush()
-    assert site.account("blocked") == (settled(160) if disk else settled(50, dropped=110))
+    assert site.account("blocked") == (counts(160) if disk else counts(50, dropped=110))
     # One batch was being written when the others went to the disk, and it with them.
     ids = {record.id for record in blocked.records}
     assert len(ids) == (160 if disk else 50)
@@ -164,7 +164,7 @@ def test_a_full_journal_drops_and_counts(make_site: Callable[..., Site]) -> None
     site = make_site(kept, BUFFER_RECORDS=10, FLUSH_SECONDS=60)
     visit(site, 15)
     assert site.usage.flush()
-    assert site.account("kept") == site.account("metrics") == settled(10, dropped=5)
+    assert site.account("kept") == site.account("metrics") == counts(10, dropped=5)
     assert sum(site.counted().values()) == len(kept.records) == 10
 
 
@@ -179,7 +179,7 @@ def test_an_observation_nobody_thought_of_is_counted_as_failed(
     monkeypatch.undo()
     visit(site, 3)
     assert site.usage.flush()
-    assert site.account("kept") == site.account("metrics") == settled(3, failed=2)
+    assert site.account("kept") == site.account("metrics") == counts(3, failed=2)
 
 
 def test_a_list_writes_to_all(make_site: Callable[..., Site], tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_damaged_sqlite_file_stops_neither_set_up_nor_requests(
         holder.execute("BEGIN EXCLUSIVE")
     visit(site, 5)
     assert not site.usage.flush(0.5)
-    assert site.account("sqlite") == settled(0, pending=5)
+    assert site.account("sqlite") == counts(0, pending=5)
     assert len(kept.records) == 5
     if holder is not None:
         holder.close()

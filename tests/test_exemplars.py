@@ -309,7 +309,7 @@ class TestSiblings:
         totals.share(path)
         add(totals, traced(1, after=5), traced(2, after=5, duration_seconds=0.6))
         add(totals, traced(3, endpoint="ours"))
-        totals.exchange()
+        totals.sync()
         sibling = subprocess.run(
             [sys.executable, "-c", SIBLING, path],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(["tests", *sys.path])},
@@ -333,17 +333,17 @@ class TestSiblings:
     def test_what_was_exchanged_is_replaced_by_what_is_newer(self, workers: list[Totals]) -> None:
         for step in range(12):
             add(workers[step % 3], traced(step, after=step))
-            workers[step % 3].exchange()
+            workers[step % 3].sync()
             add(workers[step % 2], traced(100 + step, after=step - 0.5))
         for worker in workers:
-            worker.exchange()
+            worker.sync()
         for worker in workers:
             assert numbers(worker) == {("user", "0.025"): 11}
 
     def test_one_is_written_once(self, path: Path, workers: list[Totals]) -> None:
         add(workers[0], traced(1))
         for worker in workers * 2:
-            worker.exchange()
+            worker.sync()
         with closing(sqlite3.connect(path)) as reader:
             assert reader.execute("SELECT changed FROM exemplar").fetchall() == [(1,)]
 
@@ -352,7 +352,7 @@ class TestSiblings:
         for number, worker in enumerate(workers):
             worker.share(path)
             add(worker, traced(number, after=-number), traced(7, endpoint=f"of{number}"))
-            worker.exchange()
+            worker.sync()
         for worker in workers:
             assert numbers(worker) == {
                 ("user", "0.025"): 0,
@@ -367,9 +367,9 @@ class TestSiblings:
     ) -> None:
         for number, worker in enumerate(workers):
             add(worker, traced(number, after=number), traced(7, endpoint=f"of{number}"))
-            worker.exchange()
+            worker.sync()
         for worker in workers:
-            worker.exchange()
+            worker.sync()
         if how == "removed":
             path.unlink()
         else:
@@ -386,14 +386,14 @@ class TestSiblings:
     ) -> None:
         ours, theirs, _ = workers
         add(ours, traced(1, after=1))
-        ours.exchange()
+        ours.sync()
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN EXCLUSIVE")
             other.execute("UPDATE change SET number = number")
             add(ours, traced(2, after=2))
             assert numbers(ours) == {("user", "0.025"): 2}
             other.execute("ROLLBACK")
-        until(lambda: ours.exchange() or numbers(theirs), {("user", "0.025"): 2})
+        until(lambda: ours.sync() or numbers(theirs), {("user", "0.025"): 2})
 
 
 class TestPrometheus:

@@ -212,7 +212,7 @@ class TestManySeries:
         def work() -> None:
             while not stop.is_set():
                 self.visit(totals, range(0, self.COUNT, 7))
-                totals.exchange()
+                totals.sync()
 
         def scrape(found: list[set[float]]) -> None:
             for _ in range(5):

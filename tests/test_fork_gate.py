@@ -226,7 +226,7 @@ def test_no_child_of_a_process_that_writes_hangs(
         usage = TrackUsage(app, {storage!r})
         numbers = itertools.count()
 
-        def visit():
+        def sync():
             client = app.test_client()
             environ = {{
                 "wsgi.multiprocess": {shared},
@@ -239,13 +239,13 @@ def test_no_child_of_a_process_that_writes_hangs(
         logging.getLogger("flask_usage_metrics").addFilter(
             lambda said: "OperationalError" not in said.getMessage()
         )
-        visit()
+        sync()
         usage.flush()
         is_over = threading.Event()
 
         def busy():
             while not is_over.wait(0.001):
-                visit()
+                sync()
 
         def goes_on():
             own = sqlite3.connect(f"{{os.getpid()}}.sqlite3")
@@ -253,7 +253,7 @@ def test_no_child_of_a_process_that_writes_hangs(
             own.execute("INSERT INTO orders VALUES (1)")
             own.commit()
             own.close()
-            visit()
+            sync()
             return usage.flush()
 
         threads = [threading.Thread(target=busy) for _ in range(2)]

@@ -95,16 +95,16 @@ def test_frames_survive_a_kill_and_only_one_gets_them(tmp_path: Path) -> None:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
         (path,) = tmp_path.glob("*.journal")
-        assert JournalFile.adopt(path, ORIGIN.app) is None  # its owner lives
+        assert JournalFile.recover(path, ORIGIN.app) is None  # its owner lives
         child.kill()
-    assert JournalFile.adopt(path, "another 0") is None
-    first = JournalFile.adopt(path, ORIGIN.app)
+    assert JournalFile.recover(path, "another 0") is None
+    first = JournalFile.recover(path, ORIGIN.app)
     assert first is not None
-    assert JournalFile.adopt(path, ORIGIN.app) is None
+    assert JournalFile.recover(path, ORIGIN.app) is None
     assert first.origin == ORIGIN
     assert frames(first) == [(number, seen(number, f"t{number}")) for number in range(1, 301)]
     first.close(remove=True)
-    assert JournalFile.adopt(path, ORIGIN.app) is None
+    assert JournalFile.recover(path, ORIGIN.app) is None
 
 
 def test_what_is_released_or_marked_is_so_for_who_adopts(tmp_path: Path) -> None:
@@ -117,16 +117,16 @@ def test_what_is_released_or_marked_is_so_for_who_adopts(tmp_path: Path) -> None
     file.committed = 1
     file.close(remove=False)
     (path,) = tmp_path.glob("*.journal")
-    adopted = JournalFile.adopt(path, ORIGIN.app)
-    assert adopted is not None
-    assert adopted.committed == 1
-    assert [(s, fold) for s, fold, _ in adopted.entries()] == [(3, 1), (4, 1), (5, 2), (6, 0)]
-    adopted.release(5)
-    assert [number for number, _ in frames(adopted)] == [6]
-    assert not adopted.is_empty()
-    adopted.release(6)
-    assert adopted.is_empty()
-    adopted.close(remove=True)
+    recovered = JournalFile.recover(path, ORIGIN.app)
+    assert recovered is not None
+    assert recovered.committed == 1
+    assert [(s, fold) for s, fold, _ in recovered.entries()] == [(3, 1), (4, 1), (5, 2), (6, 0)]
+    recovered.release(5)
+    assert [number for number, _ in frames(recovered)] == [6]
+    assert not recovered.is_empty()
+    recovered.release(6)
+    assert recovered.is_empty()
+    recovered.close(remove=True)
 
 
 def test_a_forked_child_neither_unlocks_nor_changes_its_parents_file(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_forked_child_neither_unlocks_nor_changes_its_parents_file(tmp_path: P
         os._exit(0 if len(journal) == 1 and journal.file is None else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert path.read_bytes() == before
-    assert JournalFile.adopt(path, ORIGIN.app) is None
+    assert JournalFile.recover(path, ORIGIN.app) is None
     assert len(journal) == 1
     journal.close()
     assert path.exists()  # there is something unsettled in it
@@ -157,10 +157,10 @@ def test_the_file_is_unlocked_and_closed_with_the_last_reference(tmp_path: Path)
     gc.collect()
     assert descriptors(tmp_path) == before
     (path,) = tmp_path.glob("*.journal")
-    adopted = JournalFile.adopt(path, ORIGIN.app)
-    assert adopted is not None
-    assert len(frames(adopted)) == 1
-    adopted.close(remove=True)
+    recovered = JournalFile.recover(path, ORIGIN.app)
+    assert recovered is not None
+    assert len(frames(recovered)) == 1
+    recovered.close(remove=True)
     assert descriptors(tmp_path) == before
 
 
@@ -199,10 +199,10 @@ def test_entries_are_what_was_appended_and_not_released(actions: list[tuple[str,
             assert file.is_empty() == (not model)
         file.close(remove=False)
         (path,) = Path(folder).glob("*.journal")
-        adopted = JournalFile.adopt(path, ORIGIN.app)
-        assert adopted is not None
-        assert frames(adopted) == model
-        adopted.close(remove=True)
+        recovered = JournalFile.recover(path, ORIGIN.app)
+        assert recovered is not None
+        assert frames(recovered) == model
+        recovered.close(remove=True)
 
 
 def test_a_full_ring_refuses_and_goes_round_when_there_is_room_again(tmp_path: Path) -> None:
@@ -237,11 +237,11 @@ def test_an_empty_ring_begins_at_its_start_again(tmp_path: Path) -> None:
         file.release(number + 1)
         assert file.is_empty()
     file.close(remove=False)
-    adopted = JournalFile.adopt(path, ORIGIN.app)
-    assert adopted is not None
-    assert adopted.is_empty()
-    assert frames(adopted) == []
-    adopted.close(remove=True)
+    recovered = JournalFile.recover(path, ORIGIN.app)
+    assert recovered is not None
+    assert recovered.is_empty()
+    assert frames(recovered) == []
+    recovered.close(remove=True)
 
 
 def test_who_is_killed_while_beginning_anew_leaves_an_empty_file(tmp_path: Path) -> None:
@@ -255,11 +255,11 @@ def test_who_is_killed_while_beginning_anew_leaves_an_empty_file(tmp_path: Path)
     with path.open("r+b") as raw:
         raw.seek(24)
         raw.write(head)
-    adopted = JournalFile.adopt(path, ORIGIN.app)
-    assert adopted is not None
-    assert frames(adopted) == []
-    assert adopted.is_empty()
-    adopted.close(remove=True)
+    recovered = JournalFile.recover(path, ORIGIN.app)
+    assert recovered is not None
+    assert frames(recovered) == []
+    assert recovered.is_empty()
+    recovered.close(remove=True)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -283,10 +283,10 @@ def test_whatever_comes_and_goes_nothing_is_written_over(tmp_path: Path, seed: i
     assert refused > 10
     file.close(remove=False)
     (path,) = tmp_path.glob("*.journal")
-    adopted = JournalFile.adopt(path, ORIGIN.app)
-    assert adopted is not None
-    assert frames(adopted) == list(kept.items())
-    adopted.close(remove=True)
+    recovered = JournalFile.recover(path, ORIGIN.app)
+    assert recovered is not None
+    assert frames(recovered) == list(kept.items())
+    recovered.close(remove=True)
 
 
 def test_lone_surrogates_are_kept_escaped(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_damage_never_raises_nor_invents_an_observation(tmp_path: Path) -> None:
     for seed in range(600):
         path.write_bytes(whole)
         for _ in damages(path, seed):
-            file = JournalFile.adopt(path, ORIGIN.app)
+            file = JournalFile.recover(path, ORIGIN.app)
             if file is None:
                 continue
             adoptions += 1
@@ -388,7 +388,7 @@ def test_what_is_no_journal_is_left_alone(tmp_path: Path, content: bytes) -> Non
     before = descriptors(tmp_path)
     path = tmp_path / f"{'a' * 16}.journal"
     path.write_bytes(content)
-    assert JournalFile.adopt(path, ORIGIN.app) is None
+    assert JournalFile.recover(path, ORIGIN.app) is None
     assert path.read_bytes() == content
     assert descriptors(tmp_path) == before
 
@@ -401,7 +401,7 @@ def test_a_header_of_nested_json_is_no_journal(tmp_path: Path) -> None:
     content[44 : 44 + len(meta)] = meta
     path.write_bytes(content)
     before = descriptors(tmp_path)
-    assert JournalFile.adopt(path, ORIGIN.app) is None
+    assert JournalFile.recover(path, ORIGIN.app) is None
     assert descriptors(tmp_path) == before
 
 
@@ -415,7 +415,7 @@ def test_nothing_is_followed_or_opened_that_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     before = descriptors(tmp_path)
     for place in (link, folder, pipe, tmp_path / "gone.journal"):
-        assert JournalFile.adopt(place, ORIGIN.app) is None
+        assert JournalFile.recover(place, ORIGIN.app) is None
     assert descriptors(tmp_path) == before
 
 
@@ -429,7 +429,7 @@ def test_a_map_that_is_refused_closes_each_descriptor_once(
 
     monkeypatch.setattr("mmap.mmap", refuse)
     before = descriptors(tmp_path)
-    assert JournalFile.adopt(path, ORIGIN.app) is None
+    assert JournalFile.recover(path, ORIGIN.app) is None
     with pytest.raises(OSError, match="Cannot allocate"):
         JournalFile.create(tmp_path, ORIGIN, SIZE)
     gc.collect()
@@ -462,12 +462,12 @@ import json, os, signal, sys, time
 from pathlib import Path
 from flask import Flask
 from flask_usage_metrics import TrackUsage
-from flask_usage_metrics.pipeline import membership as siblings
+from flask_usage_metrics.pipeline import worker_group as siblings
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.pipeline.journal import JournalFile
 from flask_usage_metrics.pipeline.worker import Pipeline
 from flask_usage_metrics.metrics.totals import Totals
-from flask_usage_metrics.metrics.shared_totals import TotalsFile
+from flask_usage_metrics.metrics.shared_totals import SharedTotals
 
 siblings._SIBLINGS_SECONDS = 0.05
 folder = Path(sys.argv[1])
@@ -508,7 +508,7 @@ SEAMS = {
     "half": lambda: None,
     "marked": lambda: kill_after(JournalFile, "mark"),
     "counted": lambda: kill_after(Totals, "add", lambda self, records, folded, *_: folded),
-    "visited": lambda: kill_after(TotalsFile, "visit", lambda self, new, folded, *_: folded),
+    "visited": lambda: kill_after(SharedTotals, "sync", lambda self, new, folded, *_: folded),
     "written": lambda: kill_after(type(usage.storage), "write"),
     "released": lambda: kill_after(JournalFile, "release"),
     "forgotten": lambda: kill_after(Totals, "forget"),
@@ -648,7 +648,7 @@ def test_what_two_left_is_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seam", [*SEAMS, "visited"])
 def test_a_sibling_counts_and_stores_what_a_killed_one_left_once(tmp_path: Path, seam: str) -> None:
-    # The second one adopts what the first one left, and dies of it at the same place.
+    # The second one recovers what the first one left, and dies of it at the same place.
     done = run(APP + SIBLINGS, tmp_path, seam, seam)
     assert done.returncode == 0, done.stderr
     rows, counted = json.loads(done.stdout)
@@ -680,11 +680,11 @@ def die_at_second_write():
 """
 
 
-@pytest.mark.parametrize("whose", ["adopted", "own"])
+@pytest.mark.parametrize("whose", ["recovered", "own"])
 def test_of_many_batches_each_is_kept_until_it_is_written(tmp_path: Path, whose: str) -> None:
     script = """
 names = [str(number) for number in range(1100)]
-if sys.argv[2:] == ["die", "adopted"]:
+if sys.argv[2:] == ["die", "recovered"]:
     die_at("captured", names)
 if sys.argv[2:] == ["die", "own"]:  # and the countries of most are found late
     enrich = Enricher.enrich
@@ -702,7 +702,7 @@ usage.flush()
 """
     script = APP + DIE_AT_SECOND_WRITE + script
     assert run(script, tmp_path, "die", whose).returncode == -9
-    if whose == "adopted":
+    if whose == "recovered":
         assert run(script, tmp_path, "live", whose).returncode == -9
     done = run(APP + ALONE, tmp_path, "live", 1102)
     assert done.returncode == 0, done.stderr

@@ -182,7 +182,7 @@ def make_shop(
     return site
 
 
-def visit(site: Site) -> int:
+def sync(site: Site) -> int:
     """Send every secret at least once; return the number of requests."""
     secret = SECRETS
     cookies = f"session={secret['a cookie']}; usage_visitor={secret['a cookie like ours']}"
@@ -258,7 +258,7 @@ def test_no_output_holds_a_secret(
     given: list[dict[str, Any]] = []
     spans = InMemorySpanExporter()
     site = make_shop(make_site, tmp_path, given, spans, output, PRIVACY=preset)
-    count = visit(site)
+    count = sync(site)
     assert not site.usage.flush(1.0)  # one of the storages is down
     own = [record for record in caplog.records if record.name == "flask_usage_metrics"]
     formatter = logging.Formatter()

@@ -152,7 +152,7 @@ class TestSiblings:
         assert sum(counts(one).values()) == 3
         one.add([make_record()], {})
         one.share(path)
-        one.exchange()
+        one.sync()
         other.share(path)
         for totals in (one, other):
             assert counts(totals) == {
@@ -173,7 +173,7 @@ class TestSiblings:
         other.add([make_record(country="NL", endpoint="b")], {})
         for totals in (other, full):
             totals.share(path)
-            totals.exchange()
+            totals.sync()
         full.add([make_record(country="NL", endpoint="b")], {})
         assert counts(full) == {**folded, ("GET", "b", "200", "NL"): 2}
         sent = {family.description.name: family for family in full.families()}
@@ -225,11 +225,11 @@ class TestSiblings:
                 for record in made
             )
             if chance.random() < 0.5:
-                worker.exchange()
+                worker.sync()
             if chance.random() < 0.2:
                 worker.families()
         for worker in workers:
-            worker.exchange()
+            worker.sync()
         for worker in workers:
             assert counts(worker) == expected
             families = {family.description.name: family for family in worker.families()}

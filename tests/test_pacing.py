@@ -21,7 +21,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_steps_hold_everything_with_pauses_in_between(pauses: list[float]) -> None:
-    pacer = pacing.Pacer()
+    pacer = pacing.GilYielder()
     steps = [*pacer.steps(range(10), 4)]
     assert [[*step] for step in steps] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert len(pauses) == 2
@@ -40,12 +40,12 @@ def test_after_a_long_pause_there_are_no_more(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(pacing, "sleep", sleep)
     monkeypatch.setattr(pacing, "perf_counter", lambda: now)
-    pacer = pacing.Pacer()
+    pacer = pacing.GilYielder()
     assert [*pacer.steps(range(6), 1)] == [range(number, number + 1) for number in range(6)]
     assert [*pacer.steps(range(6), 3)] == [range(3), range(3, 6)]
     assert seconds == []
     with pytest.raises(IndexError):
-        [*pacing.Pacer().steps(range(2), 1)]
+        [*pacing.GilYielder().steps(range(2), 1)]
 
 
 def test_rows_are_the_same_however_many_there_are(pauses: list[float]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from flask_usage_metrics.runtime.caches import Remembered
+from flask_usage_metrics.runtime.caches import TwoGenerationCache
 
 
 class Maker:
     def __init__(self, most: int = 8, longest: int = 10) -> None:
         self.made: list[str] = []
-        self.memory: Remembered[tuple[str], str | None] = Remembered(
+        self.memory: TwoGenerationCache[tuple[str], str | None] = TwoGenerationCache(
             self.make, lambda key: len(key[0]), most=most, longest=longest
         )
 

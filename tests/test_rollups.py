@@ -49,7 +49,7 @@ RANGES: list[tuple[datetime | None, datetime | None]] = [
 UNEVEN = [(MONDAY + 17 * HOUR + timedelta(seconds=1234.5), MONDAY + 81.9 * HOUR)]
 """From and to within an hour: exact only where there are rows."""
 CONDITIONS = {"status_class": "5xx", "country": ["NL", None]}
-EVENTS = ["write", "write late", "tend", "keep", "prune", "erase"]
+EVENTS = ["write", "write late", "maintain", "keep", "prune", "erase"]
 _serial = itertools.count(1)
 
 
@@ -75,9 +75,9 @@ def visits(count: int, seed: int = 1, *, days: float = 5) -> list[UsageRecord]:
     ]
 
 
-def tend(storage: SQLStorage, *, keep: timedelta | None = None, now: datetime = NOW) -> None:
+def maintain(storage: SQLStorage, *, keep: timedelta | None = None, now: datetime = NOW) -> None:
     """Let it do all there is to do."""
-    while storage.tend(keep, now) < 1:
+    while storage.maintain(keep, now) < 1:
         pass
 
 
@@ -143,7 +143,7 @@ def test_they_are_what_the_rows_are(storage: SQLStorage) -> None:
     storage.write(records)
     assert_sums(storage, records)
     assert not any(one.rolled_up for one in storage.summarize())
-    tend(storage)
+    maintain(storage)
     assert_sums(storage, records, [*RANGES, *UNEVEN])
     assert all(one.rolled_up for one in storage.summarize())
     assert not any(one.rolled_up for one in storage.summarize(("path",)))
@@ -164,24 +164,24 @@ def test_they_stay_when_the_rows_are_pruned(storage: SQLStorage) -> None:
     assert storage.count() == 0
     assert rows(storage, "flask_usage_hourly", "NOT frozen") == 0
     assert_sums(storage, records)
-    tend(storage)
+    maintain(storage)
     assert_sums(storage, records)
 
 
 def test_rows_that_come_late_are_in_them(storage: SQLStorage) -> None:
     records = visits(300)
     storage.write(records)
-    tend(storage, keep=3 * DAY)  # some hours have rows, some none any more
+    maintain(storage, keep=3 * DAY)  # some hours have rows, some none any more
     assert 0 < storage.count() < 300
     late = visits(50, seed=2)
     storage.write(late)
     storage.write(late[:20])  # once more: nothing is counted twice
     assert_sums(storage, records + late)
     assert rows(storage, "flask_usage_upkeep", "what = 'late'") > 20
-    tend(storage)
+    maintain(storage)
     assert rows(storage, "flask_usage_upkeep", "what = 'late'") == 0
     assert_sums(storage, records + late)
-    tend(storage, keep=2 * DAY)
+    maintain(storage, keep=2 * DAY)
     assert_sums(storage, records + late)
 
 
@@ -213,11 +213,11 @@ def test_an_hour_is_marked_a_minute_before_it_could_be_rolled_up(
 def test_rows_that_are_erased_are_not_in_them(storage: SQLStorage) -> None:
     records = visits(300)
     storage.write(records)
-    tend(storage)
+    maintain(storage)
     assert storage.erase(username="ann") > 100
     left = [record for record in records if record.username != "ann"]
     assert_sums(storage, left)
-    tend(storage)
+    maintain(storage)
     assert_sums(storage, left)
 
 
@@ -239,10 +239,10 @@ def test_any_order_of_events_leaves_them_right(database: str, seed: int, events:
                 batch = [visit(now - back * rng.random(), rng) for _ in range(rng.randint(1, 6))]
                 storage.write(batch)
                 counted += batch
-            elif event == "tend":
-                tend(storage, now=now)
+            elif event == "maintain":
+                maintain(storage, now=now)
             elif event == "keep":
-                tend(storage, keep=DAY, now=now)
+                maintain(storage, keep=DAY, now=now)
             elif event == "prune":
                 storage.prune(now - rng.choice([timedelta(), timedelta(minutes=20), 7 * HOUR, DAY]))
             else:
@@ -256,9 +256,9 @@ def test_what_was_pruned_leaves_the_write_ahead_log_too(tmp_path: Path) -> None:
     with storage_in(f"sqlite:///{tmp_path}/usage.sqlite3") as storage:
         storage.write(visits(300))
         log = tmp_path / "usage.sqlite3-wal"
-        tend(storage)
+        maintain(storage)
         assert log.stat().st_size > 0
-        tend(storage, keep=DAY)
+        maintain(storage, keep=DAY)
         assert log.stat().st_size == 0
 
 
@@ -273,7 +273,7 @@ def test_rows_whose_time_somebody_spelled_otherwise_are_pruned_too(tmp_path: Pat
                 )
 
         storage.database.run(insert, create=True, absent=None)
-        tend(storage)
+        maintain(storage)
         assert storage.prune(MONDAY - DAY) == 3
         assert storage.count() == 5
 
@@ -284,10 +284,10 @@ def test_rows_whose_time_somebody_spelled_otherwise_are_pruned_too(tmp_path: Pat
 def test_sums_by_other_bounds_are_read_by_the_bounds_of_now(storage: SQLStorage) -> None:
     storage.bounds = (0.01, 0.1, 1.0)
     storage.write([make_record(started_at=MONDAY, duration_seconds=s) for s in (0.05, 0.05, 0.5)])
-    tend(storage)
+    maintain(storage)
     storage.bounds = (0.1, 0.2, 2.0)
     storage.write([make_record(started_at=MONDAY + HOUR, duration_seconds=0.15)])
-    tend(storage)
+    maintain(storage)
     [one] = storage.summarize(())
     assert one.requests == 4
     # 2 at most 0.1, 1 at most 0.2; of the 0.5 it is only known that it was at most 1.
@@ -300,7 +300,7 @@ def test_there_may_be_more_bounds_than_columns(storage: SQLStorage) -> None:
         [make_record(started_at=MONDAY, duration_seconds=n / 1000) for n in range(1, 1001)]
     )
     [exact] = storage.summarize(())
-    tend(storage)
+    maintain(storage)
     [one] = storage.summarize(())
     assert one.rolled_up
     assert not exact.rolled_up
@@ -318,8 +318,8 @@ def test_whoever_reads_meanwhile_sees_every_request_once(database: str) -> None:
         done = threading.Event()
 
         def keep_up() -> None:
-            tend(storage)
-            tend(storage, keep=4 * DAY)
+            maintain(storage)
+            maintain(storage, keep=4 * DAY)
             storage.prune(NOW)
             done.set()
 
@@ -342,7 +342,7 @@ def test_several_may_tend_and_write_late_at_once(database: str) -> None:
             for batch in batches:
                 for number in range(0, len(batch), 10):
                     own.write(batch[number : number + 10])
-                    own.tend(3 * DAY, NOW)
+                    own.maintain(3 * DAY, NOW)
 
     with storage_in(database) as storage:
         storage.write(records)
@@ -350,7 +350,7 @@ def test_several_may_tend_and_write_late_at_once(database: str) -> None:
             list(pool.map(work, [late[:2], late[2:4], late[4:]]))
         everything = [*records, *itertools.chain(*late)]
         assert_sums(storage, everything, [(None, None)])
-        tend(storage, keep=3 * DAY)
+        maintain(storage, keep=3 * DAY)
         assert_sums(storage, everything, [(None, None)])
         assert storage.count(until=NOW - 3 * DAY) == 0
 
@@ -360,7 +360,7 @@ def test_a_row_that_is_written_while_its_hour_is_pruned_is_counted(database: str
     late = make_record(started_at=MONDAY + timedelta(minutes=30, seconds=30))
     with storage_in(database) as storage, storage_in(database) as other:
         storage.write(hour)
-        tend(storage)
+        maintain(storage)
         engine = storage.database.reach().engine
         # Where the database has the writer wait, that is until all is pruned.
         writer = threading.Thread(target=other.write, args=([late],))
@@ -374,23 +374,23 @@ def test_a_row_that_is_written_while_its_hour_is_pruned_is_counted(database: str
         assert storage.prune(MONDAY + HOUR) in (60, 61)
         writer.join()
         assert_sums(storage, [*hour, late], [(None, None)])
-        tend(storage)
+        maintain(storage)
         assert_sums(storage, [*hour, late], [(None, None)])
 
 
 def test_one_at_a_time_tends_and_the_others_do_not_wait(database: str) -> None:
     with storage_in(database) as storage, storage_in(database) as other:
         storage.write(visits(50))
-        storage.tend(None, NOW)
+        storage.maintain(None, NOW)
         dialect = other.database.reach()
         with (
             dialect.engine.connect() as connection,
             dialect.lock(connection, storage._sums.upkeep.name),
         ):
             before = time.monotonic()
-            assert storage.tend(DAY, NOW) >= 10
+            assert storage.maintain(DAY, NOW) >= 10
             assert time.monotonic() - before < 2
-        assert storage.tend(DAY, NOW) < 1
+        assert storage.maintain(DAY, NOW) < 1
 
 
 KILLED = """
@@ -401,7 +401,7 @@ from flask_usage_metrics.storage.sql import SQLStorage
 storage = SQLStorage.from_url(sys.argv[1])
 now = datetime.fromisoformat(sys.argv[2])
 print("ready", flush=True)
-while storage.tend(timedelta(days=4), now) < 1:
+while storage.maintain(timedelta(days=4), now) < 1:
     pass
 print("done", flush=True)
 """
@@ -439,7 +439,7 @@ def test_a_kill_at_any_moment_leaves_them_right(database: str) -> None:
 def test_an_app_keeps_its_records_so_long_and_their_sums_for_ever(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "TEND_SECONDS", 0.1)
+    monkeypatch.setattr(delivery, "MAINTAIN_SECONDS", 0.1)
     site = make_site(RETENTION_DAYS=1.5)
     site.app.add_url_rule("/", "index", lambda: "x")
     storage = site.usage.storage
@@ -458,7 +458,7 @@ def test_an_app_keeps_its_records_so_long_and_their_sums_for_ever(
 def test_a_storage_that_cannot_be_tended_is_none_of_a_visitors_business(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "TEND_SECONDS", 0.0)
+    monkeypatch.setattr(delivery, "MAINTAIN_SECONDS", 0.0)
 
     class Simple(Storage):
         def write(self, batch: Sequence[UsageRecord]) -> None:
@@ -477,7 +477,7 @@ def test_a_storage_that_cannot_be_tended_is_none_of_a_visitors_business(
 def test_records_in_a_file_are_kept_so_long_too(
     make_site: Callable[..., Site], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "TEND_SECONDS", 0.1)
+    monkeypatch.setattr(delivery, "MAINTAIN_SECONDS", 0.1)
     site = make_site(f"jsonl:///{tmp_path}/usage.jsonl", RETENTION_DAYS=2)
     storage = site.usage.storage
     today = datetime.now(UTC)
@@ -495,9 +495,9 @@ def test_nothing_is_pruned_where_nothing_is_old(tmp_path: Path) -> None:
     pruned: list[datetime] = []
     storage = Watched(tmp_path / "usage.jsonl")
     storage.write(visits(5))
-    assert storage.tend(6 * DAY, NOW) == storage.tend(DAY, MONDAY) == 3600
+    assert storage.maintain(6 * DAY, NOW) == storage.maintain(DAY, MONDAY) == 3600
     assert pruned == []
-    assert storage.tend(DAY, NOW) == 3600
+    assert storage.maintain(DAY, NOW) == 3600
     assert pruned == [NOW - DAY]
     storage.close()
 
@@ -505,13 +505,13 @@ def test_nothing_is_pruned_where_nothing_is_old(tmp_path: Path) -> None:
 def test_a_storage_that_was_closed_is_left_alone_until_there_are_records_again(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "TEND_SECONDS", 0.0)
+    monkeypatch.setattr(delivery, "MAINTAIN_SECONDS", 0.0)
 
     class Tended(Storage):
         def write(self, batch: Sequence[UsageRecord]) -> None:
             pass
 
-        def tend(self, keep: timedelta | None, now: datetime) -> float:
+        def maintain(self, keep: timedelta | None, now: datetime) -> float:
             calls.append(keep)
             return 0.01
 

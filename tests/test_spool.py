@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from records import make_record, make_records
 
 from flask_usage_metrics import StorageUnavailable, UsageRecord, open_storage
-from flask_usage_metrics.metrics.sink_counts import Account
+from flask_usage_metrics.metrics.sink_counters import SinkCounters
 from flask_usage_metrics.pipeline.delivery import sink as delivery
 from flask_usage_metrics.pipeline.delivery.sink import Sink
 from flask_usage_metrics.pipeline.delivery.spool import Spool
@@ -44,7 +44,7 @@ from flask_usage_metrics.pipeline.delivery.sink import Sink
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.pipeline.delivery.spool import Spool
 from flask_usage_metrics.storage import Writer
-from flask_usage_metrics.metrics.sink_counts import Account
+from flask_usage_metrics.metrics.sink_counters import SinkCounters
 """
 
 
@@ -80,7 +80,7 @@ def statuses(records: Sequence[UsageRecord]) -> list[int]:
 def test_nothing_is_on_disk_before_the_first_record_and_after_the_last(tmp_path: Path) -> None:
     folder = tmp_path / "made" / "late"
     spool = Spool(folder, LARGE)
-    assert spool.adopt() == 0
+    assert spool.recover() == 0
     assert spool.peek(10) == []
     assert not folder.parent.exists()
     records = make_records(3)
@@ -149,7 +149,7 @@ def test_a_spool_is_a_bounded_queue_that_drops_its_oldest(
             else:
                 spool.close()
                 spool = Spool(Path(folder), max_bytes)
-                assert spool.adopt() == len(expected)
+                assert spool.recover() == len(expected)
             assert len(spool) == len(expected)
             assert sum(file.stat().st_size for file in files(Path(folder))) <= max_bytes
         assert drain(spool) == expected
@@ -178,7 +178,7 @@ def test_the_order_holds_though_the_clock_is_set_back(
         spool.append([record])
     assert len(files(tmp_path)) > 5
     spool.close()
-    assert spool.adopt() == 40
+    assert spool.recover() == 40
     assert drain(spool) == records
 
 
@@ -218,7 +218,7 @@ def test_a_full_disk_keeps_all_or_none(tmp_path: Path) -> None:
             assert spool.peek(1000) == kept
             spool.close()
             again = Spool(folder, max_bytes)
-            assert again.adopt() == len(kept) and again.peek(1000) == kept
+            assert again.recover() == len(kept) and again.peek(1000) == kept
             assert again.damaged == 0
             again.advance(len(kept))
             again.close()
@@ -227,7 +227,7 @@ def test_a_full_disk_keeps_all_or_none(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_a_killed_process_left_is_adopted_in_front_oldest_first(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_recovered_in_front_oldest_first(tmp_path: Path) -> None:
     for number in range(2):
         done = run(f"""
             spool = Spool(Path({str(tmp_path)!r}), 300_000)
@@ -240,28 +240,28 @@ def test_what_a_killed_process_left_is_adopted_in_front_oldest_first(tmp_path: P
         assert done.returncode == -signal.SIGKILL
     spool = Spool(tmp_path, LARGE)
     spool.append([make_record(status=5000)])
-    assert spool.adopt() == 116
-    assert spool.adopt() == 0
+    assert spool.recover() == 116
+    assert spool.recover() == 0
     spool.append([make_record(status=5001)])
     assert len(spool) == 118
     assert statuses(drain(spool)) == [*range(42, 100), *range(1042, 1100), 5000, 5001]
     assert (spool.damaged, files(tmp_path)) == (0, [])
 
 
-def test_more_than_there_is_room_for_is_adopted_later(tmp_path: Path) -> None:
+def test_more_than_there_is_room_for_is_recovered_later(tmp_path: Path) -> None:
     for number in range(5):
         dead = Spool(tmp_path, LARGE)
         dead.append([make_record(status=number * 20 + at) for at in range(20)])
         dead.close()
     spool = Spool(tmp_path, 40_000)
     taken: list[UsageRecord] = []
-    while spool.adopt():
+    while spool.recover():
         assert len(spool) <= 40
         taken += drain(spool)
     assert statuses(taken) == list(range(100))
 
 
-def test_a_file_is_adopted_by_one_alone(tmp_path: Path) -> None:
+def test_a_file_is_recovered_by_one_alone(tmp_path: Path) -> None:
     for _ in range(20):
         records = []
         for _ in range(12):
@@ -273,23 +273,23 @@ def test_a_file_is_adopted_by_one_alone(tmp_path: Path) -> None:
         barrier = threading.Barrier(len(spools))
         came: list[UsageRecord] = []
 
-        def adopt(
+        def recover(
             spool: Spool,
             barrier: threading.Barrier = barrier,
             came: list[UsageRecord] = came,
         ) -> None:
             barrier.wait()
             # Each removes what it took, while others still have the name of the file.
-            while spool.adopt():
+            while spool.recover():
                 came.extend(drain(spool))
 
-        threads = [threading.Thread(target=adopt, args=(spool,)) for spool in spools]
+        threads = [threading.Thread(target=recover, args=(spool,)) for spool in spools]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         # Whoever was asked for its files at the wrong moment finds them the next time.
-        came += drain(spools[0]) if spools[0].adopt() else []
+        came += drain(spools[0]) if spools[0].recover() else []
         assert sorted(came, key=lambda record: record.id) == records
         assert files(tmp_path) == []
 
@@ -307,7 +307,7 @@ def test_a_forked_child_leaves_its_parents_files_alone(tmp_path: Path) -> None:
             spool.reset_after_fork()
             assert len(spool) == 0 and spool.peek(5) == []
             # Still locked by the parent, after the child closed its copies.
-            assert spool.adopt() == 0
+            assert spool.recover() == 0
             spool.append(make_records(2))
             os.write(ready[1], b"x")
             os.read(done[0], 1)
@@ -315,15 +315,15 @@ def test_a_forked_child_leaves_its_parents_files_alone(tmp_path: Path) -> None:
             os._exit(0)
         os.read(ready[0], 1)
         other = Spool(folder, 64_000_000)
-        assert other.adopt() == 0
+        assert other.recover() == 0
         assert spool.peek(5) == parents
         # The child has no copy left: what the parent closes is free.
         spool.close()
-        assert other.adopt() == 3
+        assert other.recover() == 3
         assert other.peek(5) == parents
         os.write(done[1], b"x")
         assert os.waitpid(pid, 0)[1] == 0
-        assert other.adopt() == 2
+        assert other.recover() == 2
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -350,9 +350,9 @@ def test_files_that_are_no_spools_are_left_alone(tmp_path: Path) -> None:
     (folder / f"{7:020d}-0123abcd.spool\n").write_bytes(content)
     before = [(path, path.lstat().st_mtime_ns) for path in files(folder)]
     spool = Spool(folder, LARGE)
-    assert spool.adopt() == 0
+    assert spool.recover() == 0
     spool.append(make_records(1))
-    assert spool.adopt() == 0
+    assert spool.recover() == 0
     assert len(drain(spool)) == 1
     assert [(path, path.lstat().st_mtime_ns) for path in files(folder)] == before
     assert (tmp_path / "elsewhere").read_bytes() == content
@@ -398,7 +398,7 @@ def frame_ends(content: bytes) -> Iterator[int]:
 @settings(max_examples=300, deadline=None)
 @given(damages, st.integers(0, 12), st.booleans())
 def test_a_damaged_file_gives_what_is_before_the_damage_and_nothing_made_up(
-    harm: list[tuple[str, float, bytes]], advanced: int, adopted: bool
+    harm: list[tuple[str, float, bytes]], advanced: int, recovered: bool
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         spool = Spool(Path(folder), LARGE)
@@ -411,14 +411,14 @@ def test_a_damaged_file_gives_what_is_before_the_damage_and_nothing_made_up(
         (path,) = files(Path(folder))
         ends = list(frame_ends(path.read_bytes()))
         assert len(ends) == 12
-        if adopted:
+        if recovered:
             spool.close()
         first_bad = damage(path, harm)
         whole = records[: sum(end <= first_bad for end in ends)]
-        if not adopted or first_bad >= 20:
+        if not recovered or first_bad >= 20:
             whole = whole[advanced:]
-        if adopted:
-            came = spool.adopt()
+        if recovered:
+            came = spool.recover()
             assert came == len(spool)
             if first_bad < 8:
                 assert came == 0
@@ -430,7 +430,7 @@ def test_a_damaged_file_gives_what_is_before_the_damage_and_nothing_made_up(
         read = drain(spool)
         assert len(read) + spool.take_lost() == pending
         # In the damaged file those that follow may be out of reach.
-        assert read[-3:] == later or not adopted
+        assert read[-3:] == later or not recovered
         assert [record for record in read if record in whole] == whole
         assert all(record in records + later for record in read)
         assert statuses(read) == sorted(set(statuses(read)))
@@ -444,7 +444,7 @@ def test_a_record_that_was_changed_is_not_taken_for_one(tmp_path: Path) -> None:
     (file,) = files(tmp_path)
     file.write_bytes(file.read_bytes().replace(b'"status":203', b'"status":999'))
     spool = Spool(tmp_path, LARGE)
-    assert spool.adopt() == 4
+    assert spool.recover() == 4
     assert spool.damaged == 1
     assert drain(spool) == records[:2] + records[3:]
 
@@ -472,7 +472,7 @@ def test_a_loss_is_counted_once_though_it_is_passed_unread(tmp_path: Path, passe
     ends = list(frame_ends(file.read_bytes()))
     os.truncate(file, ends[4])
     spool.close()  # A new file is begun for what comes next.
-    spool.adopt()
+    spool.recover()
     spool.append(records[5:])
     (_, file) = files(tmp_path)
     os.truncate(file, 20)
@@ -482,7 +482,7 @@ def test_a_loss_is_counted_once_though_it_is_passed_unread(tmp_path: Path, passe
     assert left + spool.take_lost() == 10 - min(passed, 10)
 
 
-def test_a_file_that_somebody_removed_first_is_not_adopted(
+def test_a_file_that_somebody_removed_first_is_not_recovered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flask_usage_metrics.pipeline.delivery import segment
@@ -498,10 +498,10 @@ def test_a_file_that_somebody_removed_first_is_not_adopted(
         flock(descriptor, operation)
 
     monkeypatch.setattr(segment.fcntl, "flock", flock_late)
-    assert Spool(tmp_path, LARGE).adopt() == 0
+    assert Spool(tmp_path, LARGE).recover() == 0
 
 
-def test_a_file_that_cannot_be_removed_is_not_adopted_again(
+def test_a_file_that_cannot_be_removed_is_not_recovered_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_path: Path, missing_ok: bool = False) -> None:
@@ -514,17 +514,17 @@ def test_a_file_that_cannot_be_removed_is_not_adopted_again(
     monkeypatch.undo()
     assert len(files(tmp_path)) == 1
     other = Spool(tmp_path, LARGE)
-    assert (spool.adopt(), other.adopt()) == (0, 0)
+    assert (spool.recover(), other.recover()) == (0, 0)
     spool.close()
     # That all of it was done with had been noted.
-    assert other.adopt() == 0
+    assert other.recover() == 0
     assert files(tmp_path) == []
     # But what was dropped has not been.
     monkeypatch.setattr(Path, "unlink", refuse)
     spool = Spool(tmp_path, 20_000)
     dropped = sum(spool.append(make_records(5)) for _ in range(20))
     assert dropped + len(spool) == 100
-    assert (spool.adopt(), other.adopt()) == (0, 0)
+    assert (spool.recover(), other.recover()) == (0, 0)
     spool.close()
 
 
@@ -555,7 +555,7 @@ class Outage:
 
 
 class Bench:
-    """A sink with its account."""
+    """A sink with its sink_counters."""
 
     def __init__(
         self,
@@ -566,13 +566,13 @@ class Bench:
         max_bytes: int = LARGE,
         idle_seconds: float = 10,
     ) -> None:
-        self.account = Account("kept")
+        self.sink_counters = SinkCounters("kept")
         self.faults = Faults()
         self.captured = 0
         self.spool = None if folder is None else Spool(folder, max_bytes)
         self.sink = Sink(
             storage,
-            self.account,
+            self.sink_counters,
             capacity=capacity,
             idle_seconds=idle_seconds,
             faults=self.faults,
@@ -591,16 +591,16 @@ class Bench:
     def fate(self) -> dict[str, int]:
         """Return what became of the records, which must be all."""
         fate = {
-            "written": self.account.written,
-            "failed": self.account.failed,
-            "dropped": self.account.dropped,
+            "written": self.sink_counters.written,
+            "failed": self.sink_counters.failed,
+            "dropped": self.sink_counters.dropped,
             "pending": self.sink.pending(),
         }
-        assert sum(fate.values()) == self.captured + self.sink.adopted
+        assert sum(fate.values()) == self.captured + self.sink.recovered
         return fate
 
 
-def settled(written: int, failed: int = 0, dropped: int = 0, pending: int = 0) -> dict[str, int]:
+def counts(written: int, failed: int = 0, dropped: int = 0, pending: int = 0) -> dict[str, int]:
     return {"written": written, "failed": failed, "dropped": dropped, "pending": pending}
 
 
@@ -628,16 +628,16 @@ def test_an_outage_longer_than_memory_loses_nothing_and_keeps_the_order(tmp_path
     records = make_records(5000)
     bench.put(records[:50])
     assert not bench.flush(0.2)
-    assert bench.sink.settled() == 50
+    assert bench.sink.durable() == 50
     bench.put(records[50:])
     assert not bench.flush(0.2)
-    assert bench.fate() == settled(0, pending=5000)
-    assert bench.sink.settled() == 5000
+    assert bench.fate() == counts(0, pending=5000)
+    assert bench.sink.durable() == 5000
     assert not bench.sink.up
     outage.over.set()
     assert bench.flush()
     assert kept.records == records
-    assert bench.fate() == settled(5000)
+    assert bench.fate() == counts(5000)
     assert bench.sink.up
     assert files(tmp_path) == []
     # Back to memory.
@@ -653,11 +653,11 @@ def test_more_than_the_bound_drops_the_oldest_and_counts(tmp_path: Path) -> None
     records = make_records(5000)
     bench.put(records)
     # The thread tries again meanwhile: what it is offering is decided when it is done.
-    assert eventually(lambda: bench.account.dropped > 4000)
+    assert eventually(lambda: bench.sink_counters.dropped > 4000)
     outage.over.set()
     assert bench.flush()
     fate = bench.fate()
-    assert fate == settled(len(kept.records), dropped=5000 - len(kept.records))
+    assert fate == counts(len(kept.records), dropped=5000 - len(kept.records))
     assert 400 < len(kept.records) < 600
     # A batch may have been written that was being offered as its file was dropped.
     assert kept.records[-400:] == records[-400:]
@@ -678,17 +678,17 @@ def test_a_blocked_storage_overflows_to_the_disk(tmp_path: Path) -> None:
     records = make_records(3000)
     bench.put(records[:60])
     assert eventually(lambda: offers == 1)
-    assert bench.sink.settled() == 0
+    assert bench.sink.durable() == 0
     assert files(tmp_path) == []
     bench.put(records[60:])
-    assert bench.fate() == settled(0, pending=3000)
+    assert bench.fate() == counts(0, pending=3000)
     # Also what is being written is on disk: a kill may have it written twice, never lost.
-    assert bench.sink.settled() == 3000
+    assert bench.sink.durable() == 3000
     assert not bench.flush(0.1)
     free.set()
     assert bench.flush()
     assert kept.records == records
-    assert bench.fate() == settled(3000)
+    assert bench.fate() == counts(3000)
 
 
 @pytest.mark.parametrize("ends_well", [True, False])
@@ -720,7 +720,7 @@ def test_what_is_dropped_while_it_is_offered_is_counted_once(
     assert eventually(lambda: bench.sink.up is ends_well)
     outage.over.set()
     assert bench.flush()
-    assert bench.fate() == settled(len(kept.records), dropped=2000 - len(kept.records))
+    assert bench.fate() == counts(len(kept.records), dropped=2000 - len(kept.records))
     assert len({record.id for record in kept.records}) == len(kept.records)
     assert (kept.records[:50] == records[:50]) is ends_well
     assert kept.records[-100:] == records[-100:]
@@ -740,10 +740,10 @@ def test_a_bound_nothing_fits_in_drops_all_but_what_is_being_written(tmp_path: P
     assert blocked.wait(10)
     bench.put(make_records(200))
     # When memory was full for the first time; then it had room again.
-    assert bench.fate() == settled(0, dropped=100, pending=150)
+    assert bench.fate() == counts(0, dropped=100, pending=150)
     free.set()
     assert bench.flush()
-    assert bench.fate() == settled(150, dropped=100)
+    assert bench.fate() == counts(150, dropped=100)
 
 
 def test_one_poisonous_record_in_the_spool_is_found(tmp_path: Path) -> None:
@@ -762,7 +762,7 @@ def test_one_poisonous_record_in_the_spool_is_found(tmp_path: Path) -> None:
     outage.over.set()
     assert bench.flush()
     assert kept.records == records
-    assert bench.fate() == settled(600, failed=1)
+    assert bench.fate() == counts(600, failed=1)
     assert files(tmp_path) == []
 
 
@@ -779,7 +779,7 @@ def test_a_file_damaged_meanwhile_counts_its_records_as_failed(tmp_path: Path) -
     written = len(kept.records)
     assert 600 > written > 400
     assert kept.records == records[:written]
-    assert bench.fate() == settled(written, failed=1000 - written)
+    assert bench.fate() == counts(written, failed=1000 - written)
     assert bench.faults.counts()["spool kept"] == 1
 
 
@@ -794,13 +794,13 @@ def test_a_folder_that_cannot_be_written_leaves_memory(
     bench.put(records[:80], at_once=8)
     assert not bench.flush(0.2)
     bench.put(records[80:], at_once=8)
-    assert bench.fate() == settled(0, dropped=100, pending=100)
-    assert bench.sink.settled() == 0
+    assert bench.fate() == counts(0, dropped=100, pending=100)
+    assert bench.sink.durable() == 0
     outage.over.set()
     assert bench.flush()
     assert kept.records == records[:100]
-    assert bench.fate() == settled(100, dropped=100)
-    assert bench.sink.settled() == 200
+    assert bench.fate() == counts(100, dropped=100)
+    assert bench.sink.durable() == 200
     told = [message for message in caplog.messages if message.startswith("spool")]
     assert len(told) == 1
     assert not any(str(tmp_path) in message for message in told)
@@ -809,9 +809,9 @@ def test_a_folder_that_cannot_be_written_leaves_memory(
 def test_a_disk_that_has_room_again_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flask_usage_metrics.pipeline.delivery import backlog
+    from flask_usage_metrics.pipeline.delivery import queue
 
-    monkeypatch.setattr(backlog, "_SPOOL_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(queue, "_SPOOL_PAUSE_SECONDS", 0.01)
     obstacle = tmp_path / "spool"
     obstacle.write_text("in place of the folder")
     outage = Outage()
@@ -823,25 +823,25 @@ def test_a_disk_that_has_room_again_is_used_again(
     obstacle.unlink()
     time.sleep(0.02)
     bench.put(records[60:])
-    assert bench.fate() == settled(0, pending=900)
+    assert bench.fate() == counts(0, pending=900)
     outage.over.set()
     assert bench.flush()
     assert kept.records == records
 
 
-def test_settled_counts_refused_records(tmp_path: Path) -> None:
+def test_durable_counts_refused_records(tmp_path: Path) -> None:
     outage = Outage()
     bench = Bench(Kept(outage), None, capacity=10)
-    assert bench.sink.settled() == 0
+    assert bench.sink.durable() == 0
     bench.put(make_records(25))
-    assert bench.fate() == settled(0, dropped=15, pending=10)
-    assert bench.sink.settled() == 0
+    assert bench.fate() == counts(0, dropped=15, pending=10)
+    assert bench.sink.durable() == 0
     outage.over.set()
     assert bench.flush()
-    assert bench.sink.settled() == 25
+    assert bench.sink.durable() == 25
     outage.over.clear()
     bench.put(make_records(5))
-    assert bench.sink.settled() == 25
+    assert bench.sink.durable() == 25
 
 
 def test_close_saves_what_waits_and_the_next_one_writes_it(tmp_path: Path) -> None:
@@ -851,15 +851,15 @@ def test_close_saves_what_waits_and_the_next_one_writes_it(tmp_path: Path) -> No
     first.put(records)
     assert not first.flush(0.1)
     assert first.sink.close() == 0
-    assert first.fate() == settled(0, pending=700)
+    assert first.fate() == counts(0, pending=700)
     kept = Kept()
     second = Bench(kept, tmp_path)
     second.put(more := make_records(5))
     assert eventually(lambda: len(kept.records) == 705)
     assert second.flush()
     assert sorted(kept.records, key=lambda record: record.id) == records + more
-    assert second.sink.adopted == 700
-    assert second.fate() == settled(705)
+    assert second.sink.recovered == 700
+    assert second.fate() == counts(705)
     # Nor does the first one take anything back.
     assert first.sink.pending() == 700
     first.sink.close()
@@ -879,8 +879,8 @@ def test_close_moves_a_short_outage_to_the_disk_and_the_sink_may_go_on(tmp_path:
     assert eventually(lambda: len(kept.records) == 60)
     assert bench.flush()
     assert sorted(kept.records, key=lambda record: record.id) == records + more
-    assert bench.fate() == settled(60)
-    assert bench.sink.adopted == 0
+    assert bench.fate() == counts(60)
+    assert bench.sink.recovered == 0
     assert files(tmp_path) == []
 
 
@@ -890,7 +890,7 @@ def test_a_hung_storage_at_the_end_leaves_all_on_disk(tmp_path: Path) -> None:
             def write(self, batch):
                 threading.Event().wait()
 
-        sink = Sink(Hung(), Account("kept"), capacity=1000, idle_seconds=9, faults=Faults(),
+        sink = Sink(Hung(), SinkCounters("kept"), capacity=1000, idle_seconds=9, faults=Faults(),
                     spool=Spool(Path({str(tmp_path)!r}), 64_000_000))
         sink.put(make_records(700), dropped=0, failed=0)
         time.sleep(0.2)
@@ -898,7 +898,7 @@ def test_a_hung_storage_at_the_end_leaves_all_on_disk(tmp_path: Path) -> None:
         assert sink.close() == 0
     """)
     assert (done.returncode, done.stderr) == (0, "")
-    assert Spool(tmp_path, LARGE).adopt() == 700
+    assert Spool(tmp_path, LARGE).recover() == 700
 
 
 @pytest.mark.parametrize("kill", [False, True])
@@ -910,7 +910,7 @@ def test_the_next_process_writes_what_one_could_not(tmp_path: Path, kill: bool) 
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     program = f"""
-        sink = Sink(open_storage("sqlite:///{path}"), Account("sqlite"), capacity=100,
+        sink = Sink(open_storage("sqlite:///{path}"), SinkCounters("sqlite"), capacity=100,
                     idle_seconds=9, faults=Faults(), spool=Spool(Path("{tmp_path}/spool"), 10**8))
         sink.put(make_records(50, app=sys.argv[0]), dropped=0, failed=0)
     """
@@ -918,7 +918,7 @@ def test_the_next_process_writes_what_one_could_not(tmp_path: Path, kill: bool) 
     done = run(f"""{program}
         assert not sink.flush(time.monotonic() + 1)
         sink.put(make_records(900), dropped=0, failed=0)
-        assert sink.pending() == 950 and sink.settled() == 950
+        assert sink.pending() == 950 and sink.durable() == 950
         {end}
     """)
     assert (done.returncode, "Error" in done.stderr) == (-signal.SIGKILL if kill else 0, False)
@@ -927,8 +927,8 @@ def test_the_next_process_writes_what_one_could_not(tmp_path: Path, kill: bool) 
     storage = open_storage(f"sqlite:///{path}")
     bench = Bench(storage, tmp_path / "spool")
     bench.sink.start()
-    assert eventually(lambda: bench.account.written == 950)
-    assert bench.fate() == settled(950)
+    assert eventually(lambda: bench.sink_counters.written == 950)
+    assert bench.fate() == counts(950)
     assert files(tmp_path / "spool") == []
     assert storage.count() == 951
     bench.sink.close()
@@ -948,7 +948,7 @@ def test_a_batch_that_was_written_but_not_removed_comes_once(tmp_path: Path) -> 
     assert storage.count() == 100
     bench = Bench(storage, tmp_path / "spool")
     bench.sink.start()
-    assert eventually(lambda: bench.account.written == 300)
+    assert eventually(lambda: bench.sink_counters.written == 300)
     assert storage.count() == 300
     bench.sink.close()
 
@@ -956,7 +956,7 @@ def test_a_batch_that_was_written_but_not_removed_comes_once(tmp_path: Path) -> 
 def test_what_a_sibling_leaves_is_taken_up_by_a_thread_that_idles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "ADOPT_SECONDS", 0.05)
+    monkeypatch.setattr(delivery, "RECOVER_SECONDS", 0.05)
     kept = Kept()
     bench = Bench(kept, tmp_path)
     bench.put(make_records(1))
@@ -968,10 +968,10 @@ def test_what_a_sibling_leaves_is_taken_up_by_a_thread_that_idles(
     dead.close()
     assert eventually(lambda: len(kept.records) == 10)
     assert eventually(lambda: bench.sink.pending() == 0)
-    assert (bench.fate(), bench.sink.adopted) == (settled(10), 9)
+    assert (bench.fate(), bench.sink.recovered) == (counts(10), 9)
 
 
-def test_flush_waits_for_its_own_records_though_older_ones_were_adopted(tmp_path: Path) -> None:
+def test_flush_waits_for_its_own_records_though_older_ones_were_recovered(tmp_path: Path) -> None:
     dead = Spool(tmp_path, LARGE)
     dead.append(make_records(600))
     dead.close()
@@ -986,11 +986,11 @@ def test_flush_waits_for_its_own_records_though_older_ones_were_adopted(tmp_path
     kept = Kept(refuse)
     bench = Bench(kept, tmp_path)
     bench.put(own := make_records(50))
-    assert eventually(lambda: bench.sink.adopted == 600)
+    assert eventually(lambda: bench.sink.recovered == 600)
     for _ in range(3):
         assert not bench.flush(0.1)
     # Others are written, more than it waits for, but not these.
-    assert bench.account.written == 512
+    assert bench.sink_counters.written == 512
     outage.over.set()
     assert bench.flush()
     assert {record.id for record in own} <= {record.id for record in kept.records}
@@ -1010,24 +1010,24 @@ def test_a_forked_child_does_not_write_what_its_parent_spooled(tmp_path: Path) -
                 self.records += batch
 
         kept = Kept()
-        account = Account("kept")
-        sink = Sink(kept, account, capacity=100, idle_seconds=9, faults=Faults(),
+        sink_counters = SinkCounters("kept")
+        sink = Sink(kept, sink_counters, capacity=100, idle_seconds=9, faults=Faults(),
                     spool=Spool(Path({str(tmp_path)!r}), 64_000_000))
         sink.put(make_records(500), dropped=0, failed=0)
         assert not sink.flush(time.monotonic() + 0.2)
         pid = os.fork()
         if not pid:
-            account.reset()
+            sink_counters.reset()
             sink.reset_after_fork()
             down = False
             sink.put(make_records(3), dropped=0, failed=0)
             ok = sink.flush(time.monotonic() + 20) and len(kept.records) == 3
-            os._exit(not (ok and sink.pending() == 0 and sink.settled() == 3))
+            os._exit(not (ok and sink.pending() == 0 and sink.durable() == 3))
         assert os.waitpid(pid, 0)[1] == 0
         assert sink.pending() == 500
         down = False
         assert sink.flush(time.monotonic() + 20)
-        assert len(kept.records) == 500 and account.written == 500
+        assert len(kept.records) == 500 and sink_counters.written == 500
     """)
     assert (done.returncode, "Error" in done.stderr) == (0, False)
 
@@ -1070,4 +1070,4 @@ def test_whatever_a_storage_does_each_record_has_one_fate(tmp_path: Path, seed: 
     places = {record.id: place for place, record in enumerate(records)}
     order = [places[record.id] for record in kept.records]
     assert order == sorted(order)
-    assert bench.sink.settled() == 6000
+    assert bench.sink.durable() == 6000

@@ -13,17 +13,17 @@ import pytest
 from front_door import Site, samples
 
 from flask_usage_metrics.runtime.state_dir import (
-    Generation,
+    ServerRun,
     State,
     StateUnavailable,
     check_private,
-    dead_generations,
+    dead_runs,
     default_places,
     is_alive,
     make_private,
     open_private,
     process_key,
-    remove_generation,
+    remove_run,
     siblings_key,
     started,
 )
@@ -40,13 +40,13 @@ def ended() -> tuple[int, str]:
     return process.pid, since
 
 
-def leave(home: Path, key: str, starter: str) -> Path:
-    """Make a generation without members."""
-    generation = Generation(home, key, os.getpid())
-    generation.join()
-    generation.leave()
-    (generation.folder / "lock").write_text(starter)
-    return generation.folder
+def release(home: Path, key: str, starter: str) -> Path:
+    """Make a run without members."""
+    run = ServerRun(home, key, os.getpid())
+    run.join()
+    run.release()
+    (run.folder / "lock").write_text(starter)
+    return run.folder
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def dead(home: Path, own: Path | None = None) -> list[Path]:
-    return list(dead_generations([home], own or home / "none"))
+    return list(dead_runs([home], own or home / "none"))
 
 
 def mode(path: Path) -> int:
@@ -100,20 +100,20 @@ PLANTS = [
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-@pytest.mark.parametrize("where", ["place", "home", "generation"])
+@pytest.mark.parametrize("where", ["place", "home", "run"])
 def test_what_is_planted_is_not_used(
     tmp_path: Path, plant: Callable[[Path], None], where: str
 ) -> None:
     place = tmp_path / "place"
     state = State([place], "shop")
     home = state.home()
-    folder = {"place": place, "home": home, "generation": Generation(home, "key", 1).folder}[where]
+    folder = {"place": place, "home": home, "run": ServerRun(home, "key", 1).folder}[where]
     shutil.rmtree(folder, ignore_errors=True)
     plant(folder)
     with pytest.raises(StateUnavailable) as caught:
-        Generation(state.home(), "key", 1).join()
+        ServerRun(state.home(), "key", 1).join()
     assert str(tmp_path) not in str(caught.value)
-    if where != "generation":
+    if where != "run":
         assert list(state.homes()) == []
     assert not list(tmp_path.glob("**/lock"))
 
@@ -142,14 +142,14 @@ def test_a_planted_place_harms_no_request(
 
 
 def test_a_planted_lock_is_not_followed(tmp_path: Path, home: Path) -> None:
-    generation = Generation(home, "key", 1)
-    generation.folder.mkdir(mode=0o700)
+    run = ServerRun(home, "key", 1)
+    run.folder.mkdir(mode=0o700)
     target = tmp_path / "target"
     target.write_text("precious")
-    (generation.folder / "lock").symlink_to(target)
+    (run.folder / "lock").symlink_to(target)
     with pytest.raises(OSError, match="symbolic links"):
-        generation.join()
-    remove_generation(generation.folder)
+        run.join()
+    remove_run(run.folder)
     assert dead(home) == []
     assert target.read_text() == "precious"
 
@@ -207,22 +207,22 @@ def test_no_instance_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert default_places(instance) == [instance / "usage-state", temporary]
 
 
-# ------------------------------------------------------------------------ generations
+# ------------------------------------------------------------------------ runs
 
 
 def test_dead_generations_are_found_and_removed(home: Path) -> None:
     pid, since = ended()
-    folder = leave(home, "dead", f"{pid} {since}\n")
+    folder = release(home, "dead", f"{pid} {since}\n")
     for name in ("totals.sqlite3", "totals.sqlite3-wal", "totals.sqlite3-shm"):
         (folder / name).write_text("")
     assert dead(home) == [folder]
-    remove_generation(folder)
+    remove_run(folder)
     assert not folder.exists()
     assert dead(home) == []
 
 
 def test_a_number_that_was_given_again_keeps_no_generation_alive(home: Path) -> None:
-    folder = leave(home, "again", f"{os.getpid()} 1\n")
+    folder = release(home, "again", f"{os.getpid()} 1\n")
     assert not is_alive(os.getpid(), "1")
     assert dead(home) == [folder]
 
@@ -232,7 +232,7 @@ def test_a_living_generation_is_not_removed(home: Path, who: str) -> None:
     pid, since = ended()
     if who == "starter":
         pid, since = os.getppid(), started(os.getppid())
-    folder = leave(home, "living", f"{pid} {since}\n")
+    folder = release(home, "living", f"{pid} {since}\n")
     script = (
         "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_SH);"
         "print('ready', flush=True); sys.stdin.read()"
@@ -246,20 +246,20 @@ def test_a_living_generation_is_not_removed(home: Path, who: str) -> None:
         assert member.stdout is not None
         assert member.stdout.readline() == "ready\n"
         assert dead(home) == []
-        remove_generation(folder)
+        remove_run(folder)
         assert (folder / "lock").exists()
         member.kill()
     if who == "member":
         assert dead(home) == [folder]
-        remove_generation(folder)
+        remove_run(folder)
         assert not folder.exists()
 
 
 def test_the_own_generation_is_never_dead(home: Path) -> None:
-    own = Generation(home, "own", os.getpid())
+    own = ServerRun(home, "own", os.getpid())
     own.join()
     assert dead(home) == []
-    own.leave()
+    own.release()
     assert dead(home, own.folder) == []
     own.join()
     own.end()
@@ -268,15 +268,15 @@ def test_the_own_generation_is_never_dead(home: Path) -> None:
 
 def test_a_generation_with_a_journal_is_kept(home: Path) -> None:
     pid, since = ended()
-    folder = leave(home, "left", f"{pid} {since}\n")
+    folder = release(home, "left", f"{pid} {since}\n")
     (folder / f"{'a' * 16}.journal").write_text("")
-    remove_generation(folder)
+    remove_run(folder)
     assert dead(home) == [folder]
 
 
 def test_foreign_files_are_neither_read_nor_removed(home: Path) -> None:
     pid, since = ended()
-    folder = leave(home, "foreign", f"{pid} {since}\n")
+    folder = release(home, "foreign", f"{pid} {since}\n")
     foreign = [folder / "notes.txt", home / "notes.txt", home.parent / "notes.txt"]
     strange = [home / "g-xyz", home / "other", folder / "sub"]
     for directory in strange:
@@ -286,7 +286,7 @@ def test_foreign_files_are_neither_read_nor_removed(home: Path) -> None:
         path.write_text("precious")
         path.chmod(0o000)
     assert dead(home) == [folder]
-    remove_generation(folder)
+    remove_run(folder)
     for path in foreign:
         path.chmod(0o600)
         assert path.read_text() == "precious"
@@ -294,21 +294,21 @@ def test_foreign_files_are_neither_read_nor_removed(home: Path) -> None:
 
 
 def test_who_joins_while_it_is_removed_finds_a_new_one(home: Path) -> None:
-    first = Generation(home, "key", 1)
+    first = ServerRun(home, "key", 1)
     first.join()
     inode = (first.folder / "lock").stat().st_ino
-    first.leave()
+    first.release()
     shutil.rmtree(first.folder)
     (home / "other").write_text("")  # so that the inode is not used again
     first.join()
     assert (first.folder / "lock").exists()
     assert inode
-    first.leave()
+    first.release()
 
 
 def test_keys_and_apps_are_separate(tmp_path: Path, home: Path) -> None:
-    assert Generation(home, "one", 1).folder != Generation(home, "two", 1).folder
-    assert Generation(home, "one", 1).folder == Generation(home, "one", 2).folder
+    assert ServerRun(home, "one", 1).folder != ServerRun(home, "two", 1).folder
+    assert ServerRun(home, "one", 1).folder == ServerRun(home, "one", 2).folder
     homes = {State([tmp_path / "place"], app).home() for app in ("shop", "shop!", "/", "é", "\0")}
     assert len(homes) == 5
     assert all(path.parent == tmp_path / "place" for path in homes)

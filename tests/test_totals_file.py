@@ -19,7 +19,7 @@ import pytest
 from records import START, make_record
 
 from flask_usage_metrics.metrics.exemplars import Row, pack
-from flask_usage_metrics.metrics.shared_totals import Gauges, Key, Numbers, TotalsFile
+from flask_usage_metrics.metrics.shared_totals import Gauges, Key, Numbers, SharedTotals
 
 GAUGES = Gauges(0, {}, {}, True)
 A: Key = ("requests", ("GET", "a"))
@@ -33,12 +33,12 @@ def path(tmp_path: Path) -> Path:
     return folder / "totals.sqlite3"
 
 
-def add(file: TotalsFile, **counts: int) -> None:
-    file.visit({("requests", ("GET", name)): [n] for name, n in counts.items()}, {}, GAUGES)
+def add(file: SharedTotals, **counts: int) -> None:
+    file.sync({("requests", ("GET", name)): [n] for name, n in counts.items()}, {}, GAUGES)
 
 
-def look(file: TotalsFile) -> dict[str, float]:
-    file.visit({}, {}, GAUGES)
+def look(file: SharedTotals) -> dict[str, float]:
+    file.sync({}, {}, GAUGES)
     return {labels[1]: numbers[0] for (_, labels), numbers in file.merged.items()}
 
 
@@ -69,13 +69,13 @@ def break_it(path: Path, how: str) -> None:
         other.replace(path)
 
 
-def insist(files: list[TotalsFile], new: dict[Key, Numbers]) -> None:
+def insist(files: list[SharedTotals], new: dict[Key, Numbers]) -> None:
     """Offer until all have taken it; in turns, as workers do: one may wait for another to close."""
     waiting = list(files)
     for _ in range(5):
         for file in list(waiting):
             with suppress(sqlite3.Error):
-                file.visit(new, {}, GAUGES)
+                file.sync(new, {}, GAUGES)
                 waiting.remove(file)
         if not waiting:
             return
@@ -83,7 +83,7 @@ def insist(files: list[TotalsFile], new: dict[Key, Numbers]) -> None:
 
 
 def test_each_sees_the_sum_of_all_and_only_what_changed_is_written(path: Path) -> None:
-    files = [TotalsFile(path) for _ in range(3)]
+    files = [SharedTotals(path) for _ in range(3)]
     for number, file in enumerate(files):
         add(file, a=1, **{"bcd"[number]: 10})
     for file in files:
@@ -101,17 +101,17 @@ def test_each_sees_the_sum_of_all_and_only_what_changed_is_written(path: Path) -
 
 
 def test_a_visit_tells_what_it_changed_and_what_others_did(path: Path) -> None:
-    one, other = TotalsFile(path), TotalsFile(path)
-    assert one.visit({A: [1], B: [2]}, {}, GAUGES) == ({A: [1], B: [2]}, {})
-    assert one.visit({}, {}, GAUGES) == ({}, {})
-    assert other.visit({A: [10]}, {}, GAUGES, {A: [b"x"]}) == (
+    one, other = SharedTotals(path), SharedTotals(path)
+    assert one.sync({A: [1], B: [2]}, {}, GAUGES) == ({A: [1], B: [2]}, {})
+    assert one.sync({}, {}, GAUGES) == ({}, {})
+    assert other.sync({A: [10]}, {}, GAUGES, {A: [b"x"]}) == (
         {A: [11], B: [2]},
         {A: [b"x"]},
     )
-    assert one.visit({B: [3]}, {}, GAUGES) == ({A: [11], B: [5]}, {A: [b"x"]})
+    assert one.sync({B: [3]}, {}, GAUGES) == ({A: [11], B: [5]}, {A: [b"x"]})
     path.unlink()
-    assert other.visit({A: [1]}, {}, GAUGES) == ({A: [12], B: [2]}, {})
-    assert one.visit({}, {}, GAUGES) == ({A: [12], B: [5]}, {A: [b"x"]})
+    assert other.sync({A: [1]}, {}, GAUGES) == ({A: [12], B: [2]}, {})
+    assert one.sync({}, {}, GAUGES) == ({A: [12], B: [5]}, {A: [b"x"]})
     for file in (one, other):
         file.close()
 
@@ -124,14 +124,14 @@ def test_sums_are_exact_under_concurrent_visits(path: Path) -> None:
 
     def work(seed: int) -> None:
         rng = random.Random(seed)
-        file = TotalsFile(path)
+        file = SharedTotals(path)
         last: dict[Key, Numbers] = {}
         for _ in range(60):
             counts = {rng.choice(names): rng.randrange(1, 9) for _ in range(rng.randrange(4))}
             new: dict[Key, Numbers] = {("requests", ("GET", n)): [c] for n, c in counts.items()}
             while True:
                 try:
-                    file.visit(new, {}, GAUGES)
+                    file.sync(new, {}, GAUGES)
                     break
                 except sqlite3.OperationalError:
                     continue
@@ -147,7 +147,7 @@ def test_sums_are_exact_under_concurrent_visits(path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not fallen
-    file = TotalsFile(path)
+    file = SharedTotals(path)
     assert look(file) == expected
     file.close()
 
@@ -156,13 +156,13 @@ def test_sums_are_exact_among_processes_that_are_killed(path: Path) -> None:
     script = """
 import sqlite3, sys, time
 from pathlib import Path
-from flask_usage_metrics.metrics.shared_totals import Gauges, TotalsFile
-file = TotalsFile(Path(sys.argv[1]))
+from flask_usage_metrics.metrics.shared_totals import Gauges, SharedTotals
+file = SharedTotals(Path(sys.argv[1]))
 number = 0
 while True:
     try:
         number += 1
-        file.visit({("requests", ("GET", sys.argv[2])): [1]}, {sys.argv[2]: number},
+        file.sync({("requests", ("GET", sys.argv[2])): [1]}, {sys.argv[2]: number},
                    Gauges(1, {}, {}, True))
     except sqlite3.OperationalError:
         number -= 1
@@ -171,12 +171,12 @@ while True:
     children = [
         subprocess.Popen([sys.executable, "-c", script, path, name]) for name in ("a", "b", "c")
     ]
-    file = TotalsFile(path)
+    file = SharedTotals(path)
     deadline = time.monotonic() + 10
     while len(file.merged) < 3 or len(file.workers) < 4:
         assert time.monotonic() < deadline
-        with suppress(sqlite3.OperationalError):  # the others leave hardly a gap
-            file.visit({}, {}, GAUGES)
+        with suppress(sqlite3.OperationalError):  # the others release hardly a gap
+            file.sync({}, {}, GAUGES)
     assert {pid for pid, gauges in file.workers.items() if gauges.in_progress} == {
         child.pid for child in children
     }
@@ -186,11 +186,11 @@ while True:
             child.kill()
     sums = look(file)
     assert len(file.workers) == 1  # the gauges of the dead are gone
-    # The number of the fold and the sums are of one transaction.
-    assert sums == {name: file.folded(name) for name in "abc"}
+    # The number of the commit and the sums are of one transaction.
+    assert sums == {name: file.last_commit(name) for name in "abc"}
     file.forget(["a"])
-    assert [file.folded(name) is None for name in "abc"] == [True, False, False]
-    file.leave()
+    assert [file.last_commit(name) is None for name in "abc"] == [True, False, False]
+    file.release()
 
 
 HOWS = ["removed", "folder-removed", "emptied", "garbage", "half", "replaced"]
@@ -198,7 +198,7 @@ HOWS = ["removed", "folder-removed", "emptied", "garbage", "half", "replaced"]
 
 @pytest.mark.parametrize("how", HOWS)
 def test_damage_loses_nothing_that_somebody_saw(path: Path, how: str) -> None:
-    files = [TotalsFile(path) for _ in range(3)]
+    files = [SharedTotals(path) for _ in range(3)]
     for file in files:
         add(file, a=5, b=1)
     for file in files:
@@ -210,7 +210,7 @@ def test_damage_loses_nothing_that_somebody_saw(path: Path, how: str) -> None:
         assert file.merged[B] == [3]
     for file in files:
         assert look(file) == {"a": 18, "b": 3}
-    newcomer = TotalsFile(path)
+    newcomer = SharedTotals(path)
     assert look(newcomer) == {"a": 18, "b": 3}
     for file in [*files, newcomer]:
         file.close()
@@ -219,7 +219,7 @@ def test_damage_loses_nothing_that_somebody_saw(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["removed", "garbage", "emptied"])
 def test_damage_at_any_moment_makes_no_value_fall(path: Path, how: str) -> None:
     rng = random.Random(how)
-    files = [TotalsFile(path) for _ in range(3)]
+    files = [SharedTotals(path) for _ in range(3)]
     seen = [0.0] * 3
     for step in range(150):
         if step % 25 == 24:
@@ -233,20 +233,20 @@ def test_damage_at_any_moment_makes_no_value_fall(path: Path, how: str) -> None:
         file.close()
 
 
-@pytest.mark.parametrize("first", ["folded", "forget", "leave"])
+@pytest.mark.parametrize("first", ["last_commit", "forget", "release"])
 def test_who_first_asks_a_new_file_something_still_tells_what_it_knows(
     path: Path, first: str
 ) -> None:
-    one = TotalsFile(path)
+    one = SharedTotals(path)
     add(one, a=100, b=7)
     break_it(path, "removed")
-    if first == "folded":
-        assert one.folded("journal") is None
+    if first == "last_commit":
+        assert one.last_commit("journal") is None
     elif first == "forget":
         one.forget(["journal"])
     else:
-        one.leave()
-    two = TotalsFile(path)
+        one.release()
+    two = SharedTotals(path)
     add(two, a=1)  # it never saw the old file
     add(one, b=1)
     assert one.merged[A][0] >= 100
@@ -257,7 +257,7 @@ def test_who_first_asks_a_new_file_something_still_tells_what_it_knows(
 
 
 def test_a_locked_file_raises_within_about_a_second_and_adds_nothing(path: Path) -> None:
-    file, fresh = TotalsFile(path), TotalsFile(path)
+    file, fresh = SharedTotals(path), SharedTotals(path)
     add(file, a=1)
     before = descriptors(path.parent)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -266,21 +266,21 @@ def test_a_locked_file_raises_within_about_a_second_and_adds_nothing(path: Path)
         for who in (file, fresh):
             start = time.monotonic()
             with pytest.raises(sqlite3.OperationalError):
-                who.visit({A: [10]}, {"j": 1}, GAUGES)
+                who.sync({A: [10]}, {"j": 1}, GAUGES)
             assert time.monotonic() - start < 1.6
         other.execute("ROLLBACK")
     assert path.exists()
-    file.visit({A: [10]}, {"j": 1}, GAUGES)
-    fresh.visit({A: [100]}, {}, GAUGES)
+    file.sync({A: [10]}, {"j": 1}, GAUGES)
+    fresh.sync({A: [100]}, {}, GAUGES)
     assert look(file) == look(fresh) == {"a": 111}
-    assert file.folded("j") == 1
+    assert file.last_commit("j") == 1
     file.close()
     fresh.close()
     assert descriptors(path.parent) < before
 
 
 def test_a_locked_file_keeps_no_descriptor(path: Path) -> None:
-    add(file := TotalsFile(path), a=1)
+    add(file := SharedTotals(path), a=1)
     file.close()
     before = descriptors(path.parent)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -288,14 +288,14 @@ def test_a_locked_file_keeps_no_descriptor(path: Path) -> None:
         other.execute("UPDATE change SET number = number")
         for _ in range(2):
             with pytest.raises(sqlite3.OperationalError):
-                file.folded("j")
+                file.last_commit("j")
         other.execute("ROLLBACK")
     file.close()
     assert descriptors(path.parent) == before
 
 
 def test_the_gauges_of_who_leaves_go_with_it(path: Path) -> None:
-    file = TotalsFile(path)
+    file = SharedTotals(path)
     add(file, a=1)
     assert len(file.workers) == 1
     with closing(sqlite3.connect(path)) as other:
@@ -304,7 +304,7 @@ def test_the_gauges_of_who_leaves_go_with_it(path: Path) -> None:
         other.commit()
     add(file, a=1)
     assert len(file.workers) == 1
-    file.leave()
+    file.release()
     with closing(sqlite3.connect(path)) as other:
         assert other.execute("SELECT * FROM worker").fetchall() == []
         assert other.execute("SELECT numbers FROM series").fetchall() == [("[2]",)]
@@ -315,15 +315,15 @@ def exemplar(second: float) -> bytes:
     return pack(make_record(started_at=began, trace_id="1" * 32, span_id="2" * 16))
 
 
-def observe(file: TotalsFile, exemplars: dict[Key, Row]) -> dict[Key, Row]:
+def observe(file: SharedTotals, exemplars: dict[Key, Row]) -> dict[Key, Row]:
     """Visit as a worker does: an exemplar comes with the count of its series."""
-    file.visit({key: [1] for key in exemplars}, {}, GAUGES, exemplars)
+    file.sync({key: [1] for key in exemplars}, {}, GAUGES, exemplars)
     return file.exemplars
 
 
 class TestExemplars:
     def test_each_sees_the_newest_and_only_what_changed_is_written(self, path: Path) -> None:
-        one, other = TotalsFile(path), TotalsFile(path)
+        one, other = SharedTotals(path), SharedTotals(path)
         observe(one, {A: [exemplar(1), b"", exemplar(9)], B: [b"", exemplar(1), b""]})
         observe(other, {A: [exemplar(2), exemplar(2), exemplar(2)]})
         expected = {
@@ -338,7 +338,7 @@ class TestExemplars:
         other.close()
 
     def test_only_what_changed_is_read(self, path: Path) -> None:
-        one, other = TotalsFile(path), TotalsFile(path)
+        one, other = SharedTotals(path), SharedTotals(path)
         observe(one, {A: [exemplar(1)]})
         observe(other, {B: [exemplar(1)]})
         with closing(sqlite3.connect(path)) as changer:
@@ -350,7 +350,7 @@ class TestExemplars:
 
     def test_all_agree_on_the_newest_whoever_comes_when(self, path: Path) -> None:
         rng = random.Random(7)
-        files = [TotalsFile(path) for _ in range(3)]
+        files = [SharedTotals(path) for _ in range(3)]
         expected: dict[Key, Row] = {}
         for step in range(200):
             if step % 50 == 49:
@@ -368,20 +368,20 @@ class TestExemplars:
 
     @pytest.mark.parametrize("how", HOWS)
     def test_damage_loses_nothing_that_somebody_saw(self, path: Path, how: str) -> None:
-        files = [TotalsFile(path) for _ in range(3)]
+        files = [SharedTotals(path) for _ in range(3)]
         for second, file in enumerate(files):
             observe(file, {A: [exemplar(second)], ("requests", (f"{second}",)): [exemplar(1)]})
         seen = dict(observe(files[0], {}))
         assert len(seen) == 4
         break_it(path, how)
         insist(files, {})
-        newcomer = TotalsFile(path)
+        newcomer = SharedTotals(path)
         for file in [*files, newcomer]:
             assert observe(file, {}) == seen
             file.close()
 
     def test_a_visit_that_fails_adds_none(self, path: Path) -> None:
-        file, other = TotalsFile(path), TotalsFile(path)
+        file, other = SharedTotals(path), SharedTotals(path)
         observe(file, {A: [exemplar(1)]})
         observe(other, {})
         with closing(sqlite3.connect(path, isolation_level=None)) as breaker:
@@ -396,14 +396,14 @@ class TestExemplars:
         other.close()
 
     def test_siblings_of_a_version_without_them_go_on(self, path: Path) -> None:
-        older = TotalsFile(path)
+        older = SharedTotals(path)
         add(older, a=5)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("DROP TABLE exemplar")
             older.close()
-            newer = TotalsFile(path)
+            newer = SharedTotals(path)
             assert observe(newer, {A: [exemplar(1)]}) == {A: [exemplar(1)]}
-            # What an older version does in a visit.
+            # What an older version does in a sync.
             other.execute("BEGIN IMMEDIATE")
             (change,) = other.execute("SELECT number FROM change").fetchone()
             found = other.execute(

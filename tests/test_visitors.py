@@ -523,7 +523,7 @@ def test_after_the_day_nobody_can_tell_who_it_was(shop: Shop, tmp_path: Path) ->
     assert holds(tmp_path, secret)
 
     shop.clock.now = MIDNIGHT + DAY + GRACE_SECONDS
-    ids.tend()
+    ids.maintain()
     assert witness.read_bytes() == bytes(32)
     assert not holds(tmp_path, secret)
     assert shop.files() == {f"{TOMORROW}.key"}
@@ -534,15 +534,15 @@ def test_after_the_day_nobody_can_tell_who_it_was(shop: Shop, tmp_path: Path) ->
     assert shop.fault_count() == 0
 
 
-@pytest.mark.parametrize("how", ["tend", "identify"])
+@pytest.mark.parametrize("how", ["maintain", "identify"])
 def test_a_key_of_this_process_alone_is_forgotten_too(shop: Shop, how: str) -> None:
     ids = VisitorIds(None, "shop", shop.faults, clock=shop.clock)
     visitor = shop.who(ids)
     shop.clock.now = MIDNIGHT + DAY + GRACE_SECONDS - 1
     assert shop.who(ids, NOON) == visitor
     shop.clock.now += 1
-    if how == "tend":
-        ids.tend()
+    if how == "maintain":
+        ids.maintain()
         assert ids.due_in() is None
         shop.clock.now -= 1  # not even to a clock that was set back
         assert shop.who(ids, NOON) is None
@@ -615,7 +615,7 @@ def test_a_link_in_the_place_of_an_old_key_is_removed_but_not_followed(shop: Sho
     target = shop.make_folder().with_name("target")
     target.write_bytes(b"precious")
     (shop.folder / "2000-01-01.key").symlink_to(target)
-    shop.ids().tend()
+    shop.ids().maintain()
     assert shop.files() == set()
     assert target.read_bytes() == b"precious"
 
@@ -627,18 +627,18 @@ def test_what_cannot_be_destroyed_is_reported_and_tried_again(shop: Shop) -> Non
     for path in old:
         path.write_bytes(b"k" * 32)
     ids = shop.ids()
-    ids.tend()
+    ids.maintain()
     assert not any(path.exists() for path in old)
     assert shop.fault_count() == 1
     due = ids.due_in()
     assert due is not None
     assert 0 < due <= 60
-    ids.tend()
+    ids.maintain()
     assert shop.fault_count() == 1
     stubborn.rmdir()
     stubborn.write_bytes(b"k" * 32)
     shop.clock.now += due
-    ids.tend()
+    ids.maintain()
     assert shop.files() == set()
     assert shop.fault_count() == 1
     assert ids.due_in() is None
@@ -649,24 +649,24 @@ def test_who_starts_in_the_grace_destroys_at_its_end(shop: Shop) -> None:
     path = shop.folder / f"{TODAY}.key"
     ids = shop.ids()
     shop.clock.now = MIDNIGHT + DAY + 5
-    ids.tend()
+    ids.maintain()
     assert path.exists()
     shop.clock.now = MIDNIGHT + DAY + GRACE_SECONDS
-    ids.tend()
+    ids.maintain()
     assert not path.exists()
 
 
 def test_the_disk_is_looked_at_once_a_day(shop: Shop) -> None:
     ids = shop.ids()
-    ids.tend()
+    ids.maintain()
     old = shop.make_folder() / "2000-01-01.key"
     old.write_bytes(b"k" * 32)
     for moment in (NOON, MIDNIGHT + DAY, MIDNIGHT + DAY + GRACE_SECONDS - 1):
         shop.clock.now = moment
-        ids.tend()
+        ids.maintain()
         assert old.exists()
     shop.clock.now += 1
-    ids.tend()
+    ids.maintain()
     assert not old.exists()
 
 
@@ -681,7 +681,7 @@ def test_it_is_known_when_something_is_due(shop: Shop) -> None:
     assert ids.due_in() == GRACE_SECONDS - 10
     shop.clock.now += GRACE_SECONDS
     assert ids.due_in() == 0
-    ids.tend()
+    ids.maintain()
     assert ids.due_in() == DAY - 10
     ids.close()
     assert ids.due_in() is None
@@ -730,7 +730,7 @@ def test_many_may_destroy_at_once(shop: Shop) -> None:
     for number in range(200):
         (shop.make_folder() / f"{1000 + number}-01-01.key").write_bytes(b"k" * 32)
     everybody = [shop.ids() for _ in range(8)]
-    in_threads(8, lambda number: everybody[number].tend())
+    in_threads(8, lambda number: everybody[number].maintain())
     assert shop.files() == set()
     assert shop.fault_count() == 0
 
@@ -740,7 +740,7 @@ def test_a_vanished_folder_harms_nobody(shop: Shop) -> None:
     visitor = shop.who(ids)
     shutil.rmtree(shop.state.places[0])
     shop.clock.now += 60
-    ids.tend()
+    ids.maintain()
     assert shop.who(ids) == visitor
     shop.clock.now += DAY
     assert shop.who(ids) == shop.who() != visitor

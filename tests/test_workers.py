@@ -211,13 +211,12 @@ def test_nothing_grows_with_the_number_of_workers_there_were(tmp_path: Path) -> 
             server.get()
         until(lambda: total(server), 200)
         time.sleep(1)
-        (generation,) = (tmp_path / "state").glob("*/g-*")
-        journals = list(generation.glob("*.journal"))
+        (run,) = (tmp_path / "state").glob("*/g-*")
+        journals = list(run.glob("*.journal"))
         assert len(journals) <= 4
         assert len(server.workers()) == 2
         kinds = {
-            path.name.partition(".")[2].rpartition("-")[0] or path.name
-            for path in generation.iterdir()
+            path.name.partition(".")[2].rpartition("-")[0] or path.name for path in run.iterdir()
         }
         assert len(kinds) <= 6
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-class Inquirer:
+class ContextReader:
     """Finds out of one app's requests what it asks for; never raises.
 
     Args:
@@ -47,11 +47,11 @@ class Inquirer:
         return self.cookie is not None or self.tracing is not None or self.users.are_known
 
 
-class Particulars:
+class RequestContext:
     """What was found out of one request.
 
     Args:
-        inquirer: Of the app.
+        context_reader: Of the app.
         environ: Of the request, nothing of which is routed yet.
         started_ns: When the request started, in nanoseconds since the epoch.
 
@@ -61,18 +61,20 @@ class Particulars:
         visitor: Identifier in the visitor's cookie, brought or given.
     """
 
-    __slots__ = ("_given", "_has_asked", "_inquirer", "_trace", "consumer", "username", "visitor")
+    __slots__ = ("_given", "_has_asked", "_reader", "_trace", "consumer", "username", "visitor")
 
-    def __init__(self, inquirer: Inquirer, environ: WSGIEnvironment, started_ns: int) -> None:
-        self._inquirer = inquirer
+    def __init__(
+        self, context_reader: ContextReader, environ: WSGIEnvironment, started_ns: int
+    ) -> None:
+        self._reader = context_reader
         self._trace: RequestTrace | None = None
         self._has_asked = False
         self._given: str | None = None
         self.username: str | None = None
         self.consumer: str | None = None
         self.visitor: str | None = None
-        if inquirer.tracing is not None:
-            self._trace = inquirer.tracing.begin(environ, started_ns)
+        if context_reader.tracing is not None:
+            self._trace = context_reader.tracing.begin(environ, started_ns)
 
     def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Call a function of the app within the request's span."""
@@ -80,7 +82,7 @@ class Particulars:
 
     def learn(self, learned: Request, environ: WSGIEnvironment) -> None:
         """Take what can be known only while the context of a tracked request lives."""
-        users = self._inquirer.users
+        users = self._reader.users
         if not self._has_asked and users.are_known:
             self._has_asked = True
             self.username, self.consumer = users.ask()
@@ -90,7 +92,7 @@ class Particulars:
 
     def greet(self, environ: WSGIEnvironment, headers: Headers) -> None:
         """Recognise the visitor by the cookie, or choose one to be given with these headers."""
-        cookie = self._inquirer.cookie
+        cookie = self._reader.cookie
         if cookie is None or self.visitor is not None:
             return
         try:
@@ -98,7 +100,7 @@ class Particulars:
             if self.visitor is None:
                 self.visitor = self._given = cookie.choose(environ, headers)
         except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
-            self._inquirer.faults.report("cookie", error, "a visitor is not recognised")
+            self._reader.faults.report("cookie", error, "a visitor is not recognised")
 
     def headers(self, headers: Headers, environ: WSGIEnvironment) -> Headers:
         """Return the headers of the response, with the cookie if one is to be given."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Request, got_request_exception, request, request_finished
 from werkzeug.wsgi import ClosingIterator, FileWrapper
 
-from flask_usage_metrics.capture.context import Inquirer, Particulars
+from flask_usage_metrics.capture.context import ContextReader, RequestContext
 from flask_usage_metrics.capture.response_head import LENGTHS, STATUSES
 from flask_usage_metrics.capture.scope import Scope
 from flask_usage_metrics.capture.track_var import TRACK_VAR
@@ -53,7 +53,7 @@ class Capture:
         submit: Takes the observation; called in the request's thread when its last byte is handed
             to the server.
         lose: Called instead where none could be made.
-        inquirer: Finds out what else the app asks for.
+        context_reader: Finds out what else the app asks for.
         headers: WSGI names of further headers that are kept.
         faults: Where failures of our own are reported.
     """
@@ -66,7 +66,7 @@ class Capture:
         begin: Callable[[bool, bool], Callable[[], None] | None],
         submit: Callable[[Observation], None],
         lose: Callable[[], None],
-        inquirer: Inquirer,
+        context_reader: ContextReader,
         headers: tuple[str, ...],
         faults: Faults,
     ) -> None:
@@ -74,10 +74,10 @@ class Capture:
         self._begin = begin
         self._has_begun = False
         self._notice: Callable[[], None] | None = None
-        self._inquires = False
+        self._reads_context = False
         self.submit = submit
         self.lose = lose
-        self.inquirer = inquirer
+        self.context_reader = context_reader
         self.headers = headers
         self.faults = faults
         self.key = f"flask_usage_metrics.{id(self)}"
@@ -107,9 +107,9 @@ class Capture:
         if self._notice is not None:
             self._notice()
         try:
-            if self._inquires:
-                particulars = exchange.inquire(environ)
-                body = particulars.run(self._wsgi_app, environ, exchange.start_response)
+            if self._reads_context:
+                context = exchange.read_context(environ)
+                body = context.run(self._wsgi_app, environ, exchange.start_response)
             else:
                 body = self._wsgi_app(environ, exchange.start_response)
         except BaseException as error:
@@ -133,7 +133,7 @@ class Capture:
         # further ado.
         software = str(environ.get("SERVER_SOFTWARE", ""))
         # So late, for the app may have been given Flask-Login after us.
-        self._inquires = self.inquirer.is_needed()
+        self._reads_context = self.context_reader.is_needed()
         try:
             self._notice = self._begin(multiprocess, multiprocess and software[:9] == "Werkzeug/")
         except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
@@ -172,10 +172,10 @@ class Exchange:
         "_body",
         "_capture",
         "_clock",
+        "_context",
         "_environ",
         "_expected",
         "_next",
-        "_particulars",
         "_ready",
         "_request",
         "_sent",
@@ -195,17 +195,17 @@ class Exchange:
         self._environ: WSGIEnvironment | None = environ
         self._start_response = start_response
         self._request: Request | None = None
-        self._particulars: Particulars | None = None
+        self._context: RequestContext | None = None
         self._status = ""
         self._expected: int | None = None
         self._sent = 0
         self._ready: Iterator[bytes] | None = None
         self.exception: str | None = None
 
-    def inquire(self, environ: WSGIEnvironment) -> Particulars:
+    def read_context(self, environ: WSGIEnvironment) -> RequestContext:
         """Begin to find out what the app asks for."""
-        self._particulars = Particulars(self._capture.inquirer, environ, self._started_ns)
-        return self._particulars
+        self._context = RequestContext(self._capture.context_reader, environ, self._started_ns)
+        return self._context
 
     # ---------------------------------------------------------------- what Flask tells
 
@@ -230,8 +230,8 @@ class Exchange:
                 # Werkzeug's test client leaves one of its own there.
                 if isinstance(learned, Request):
                     self._request = learned
-            if self._particulars is not None:
-                headers = self._inform(self._particulars, environ, headers)
+            if self._context is not None:
+                headers = self._inform(self._context, environ, headers)
         if exc_info is None:
             self._write = self._start_response(status, headers)
         else:
@@ -246,18 +246,18 @@ class Exchange:
     def learn(self, learned: Request) -> None:
         """Take what can be known only while the request's context lives."""
         self._request = learned
-        particulars, environ = self._particulars, self._environ
-        if particulars is not None and environ is not None and self.is_tracked():
-            particulars.learn(learned, environ)
+        context, environ = self._context, self._environ
+        if context is not None and environ is not None and self.is_tracked():
+            context.learn(learned, environ)
 
     def _inform(
-        self, particulars: Particulars, environ: WSGIEnvironment, headers: Headers
+        self, context: RequestContext, environ: WSGIEnvironment, headers: Headers
     ) -> Headers:
         """Have all that is asked for found out; return the headers of the response."""
         if self._request is not None and self.is_tracked():
-            particulars.learn(self._request, environ)
-            particulars.greet(environ, headers)
-        return particulars.headers(headers, environ)
+            context.learn(self._request, environ)
+            context.greet(environ, headers)
+        return context.headers(headers, environ)
 
     # ---------------------------------------------------------------- what the server takes
 
@@ -285,8 +285,8 @@ class Exchange:
             chunks = body
         self._body = body
         proceed = chunks.__next__
-        if self._particulars is not None:
-            proceed = partial(self._particulars.run, proceed)
+        if self._context is not None:
+            proceed = partial(self._context.run, proceed)
         self._next = proceed
         expected = self._expected
         if expected is None:
@@ -341,10 +341,10 @@ class Exchange:
             close = self._body.close  # type: ignore[attr-defined]
         except AttributeError:
             return
-        if self._particulars is None:
+        if self._context is None:
             close()
         else:
-            self._particulars.run(close)
+            self._context.run(close)
 
     # ---------------------------------------------------------------- the end, once
 
@@ -389,7 +389,7 @@ class Exchange:
                         view_args = None
                         self._leave_out("view_args")
                 if (
-                    self._particulars is not None
+                    self._context is not None
                     or self.exception is not None
                     or "HTTP_AUTHORIZATION" in environ
                     or TRACK_VAR in environ
@@ -421,9 +421,9 @@ class Exchange:
         peer = username = consumer = track_var = visitor = trace = None
         authorization = False
         if learned is not None and "HTTP_AUTHORIZATION" in environ:
-            authorization, username = self._capture.inquirer.users.authorized(learned)
-        if self._particulars is not None:
-            known = self._particulars
+            authorization, username = self._capture.context_reader.users.authorized(learned)
+        if self._context is not None:
+            known = self._context
             consumer, visitor, trace = known.consumer, known.visitor, known.end_trace()
             username = username if known.username is None else known.username
         if _PROXY_FIX in environ:

@@ -13,14 +13,14 @@ from typing import Any
 import msgspec
 
 from flask_usage_metrics.enrich import clients
-from flask_usage_metrics.enrich.country import Answer, Locator
+from flask_usage_metrics.enrich.country import Answer, CountryLookup
 from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
 from flask_usage_metrics.records.address import TrustedProxies, normalise
 from flask_usage_metrics.records.ids import NUMBER_BITS, record_ids
 from flask_usage_metrics.records.observation import ENVIRON_KEYS, Observation, Origin
 from flask_usage_metrics.records.record import UsageRecord
-from flask_usage_metrics.runtime.caches import Remembered
+from flask_usage_metrics.runtime.caches import TwoGenerationCache
 
 _MAX_INT = 2**63 - 1
 _LATEST = 253_402_300_799.0  # the last second of the year 9999, the last one that datetime has
@@ -94,7 +94,7 @@ class Enricher:
     Args:
         app: Name of the app.
         key: What no other app on the same registry has.
-        locator: Where countries are looked up.
+        country_lookup: Where countries are looked up.
         trusted: Which proxies are believed.
         visitors: Who tells visitors without a cookie apart; None: nobody does.
         policy: What is kept.
@@ -109,26 +109,26 @@ class Enricher:
         app: str,
         key: str,
         *,
-        locator: Locator,
+        country_lookup: CountryLookup,
         trusted: TrustedProxies,
         visitors: VisitorIds | None,
         policy: Policy,
     ) -> None:
         self._app = _clean(app, 128)
         self._key = key
-        self._locator = locator
+        self._country_lookup = country_lookup
         self._trusted = trusted
         self._visitors = visitors
         self._policy = policy
-        self.headers = (*locator.headers, *policy.headers)
-        self._sources = len(locator.headers)
-        self._targets: Remembered[_Target_key, Target] = Remembered(
+        self.headers = (*country_lookup.headers, *policy.headers)
+        self._sources = len(country_lookup.headers)
+        self._targets: TwoGenerationCache[_Target_key, Target] = TwoGenerationCache(
             self._target, lambda key: len("".join(key[0])) + len(key[3] or b"")
         )
-        self._callers: Remembered[_Caller_key, Caller] = Remembered(
+        self._callers: TwoGenerationCache[_Caller_key, Caller] = TwoGenerationCache(
             self._caller, lambda key: len("".join(key[0]))
         )
-        self._referrers: Remembered[tuple[str], str | None] = Remembered(
+        self._referrers: TwoGenerationCache[tuple[str], str | None] = TwoGenerationCache(
             self._referrer, lambda key: len(key[0])
         )
         self.reset_after_fork()
@@ -175,7 +175,7 @@ class Enricher:
         answer = caller.answer
         if answer is None:
             located_by = headers[: self._sources]
-            answer = self._locator.locate(caller.address, located_by, caller.is_trusted)
+            answer = self._country_lookup.locate(caller.address, located_by, caller.is_trusted)
             if answer is None:
                 return None
         target = self._targets[texts[_TARGET], seen.endpoint, seen.rule, seen.view_args]
@@ -276,8 +276,8 @@ class Enricher:
             str(environ.get("HTTP_X_FORWARDED_FOR", "")),
             None if proxied is None else proxied.get("REMOTE_ADDR"),
         )
-        headers = tuple([str(environ.get(name, "")) for name in self._locator.headers])
-        return self._locator.locate_now(address, headers, is_trusted)
+        headers = tuple([str(environ.get(name, "")) for name in self._country_lookup.headers])
+        return self._country_lookup.locate_now(address, headers, is_trusted)
 
     def _headers(self, texts: tuple[str, ...], origin: Origin) -> tuple[str, ...]:
         """Return the texts of `headers`."""
@@ -328,7 +328,9 @@ class Enricher:
         return Caller(
             address,
             is_trusted,
-            self._locator.locate(address, (), is_trusted) if self._locator.is_static else None,
+            self._country_lookup.locate(address, (), is_trusted)
+            if self._country_lookup.is_static
+            else None,
             policy.address(address),
             policy.header(_clean(forwarded_for, 512) or None),
             policy.header(_clean(user_agent, 512) or None),

@@ -13,11 +13,11 @@ from flask import Flask, Response, current_app, has_app_context, request
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from flask_usage_metrics.capture import track_var
-from flask_usage_metrics.capture.context import Inquirer
+from flask_usage_metrics.capture.context import ContextReader
 from flask_usage_metrics.capture.middleware import Capture
 from flask_usage_metrics.capture.scope import Marks, Scope
 from flask_usage_metrics.capture.users import Users
-from flask_usage_metrics.enrich.country import make_locator
+from flask_usage_metrics.enrich.country import make_country_lookup
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
@@ -36,8 +36,8 @@ from flask_usage_metrics.metrics.exposition.collector import collector_of
 from flask_usage_metrics.metrics.exposition.view import Exposition
 from flask_usage_metrics.metrics.totals import Totals
 from flask_usage_metrics.pipeline.journal import Journal
-from flask_usage_metrics.pipeline.membership import Membership
 from flask_usage_metrics.pipeline.worker import Pipeline
+from flask_usage_metrics.pipeline.worker_group import WorkerGroup
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.storage import Storage, Writer
 
@@ -129,7 +129,7 @@ class TrackUsage:
         faults = Faults()
         own = own_version()
         collector = collector_of(self._registry, settings.shape, own)
-        locator = make_locator(
+        country_lookup = make_country_lookup(
             settings.country,
             trusted_proxies=bool(settings.trusted_proxies),
             use_freegeoip=settings.use_freegeoip,
@@ -152,7 +152,7 @@ class TrackUsage:
         enricher = Enricher(
             app.name,
             key,
-            locator=locator,
+            country_lookup=country_lookup,
             trusted=settings.trusted_proxies,
             visitors=visitors.ids,
             policy=policy,
@@ -166,7 +166,7 @@ class TrackUsage:
         )
         pipeline = Pipeline(
             journal=Journal(settings.buffer_records),
-            membership=Membership(
+            worker_group=WorkerGroup(
                 collector.totals.state,
                 key,
                 totals=collector.totals,
@@ -174,7 +174,7 @@ class TrackUsage:
                 faults=faults,
             ),
             enricher=enricher,
-            locator=locator,
+            country_lookup=country_lookup,
             visitor_keys=visitors.keys,
             tally=visitors.tally,
             totals=collector.totals,
@@ -199,7 +199,7 @@ class TrackUsage:
             begin=_begin(pipeline),
             submit=pipeline.submit,
             lose=pipeline.lose,
-            inquirer=Inquirer(
+            context_reader=ContextReader(
                 Users(app, username=self._username, consumer=self._consumer, faults=faults),
                 visitors.cookie,
                 None if traces is None else traces.tracing,

@@ -38,7 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         metrics_path: Path of the Prometheus exposition; None: no route.
         metrics_token: Bearer token a scrape must show; None: everybody may read.
         exclude: Endpoint globs, or path globs when they start with ``/``.
-        country: See `country.make_locator`.
+        country: See `country.make_country_lookup`.
         trusted_proxies: Who may say whom they speak for.
         use_freegeoip: Whether an HTTP service is asked for the country, as flask-track-usage did.
         freegeoip_endpoint: Its URL, with ``{ip}`` where the address goes.

@@ -81,7 +81,7 @@ def make_sinks(
         sinks.append(
             Sink(
                 writer,
-                totals.account(name),
+                totals.sink_counters(name),
                 capacity=settings.buffer_records,
                 # Longer than the worker, so that there is a thread for what it brings.
                 idle_seconds=2 * idle_seconds + settings.flush_seconds,

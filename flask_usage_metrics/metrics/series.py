@@ -22,10 +22,10 @@ class Series:
         sums: What is counted of it, but for what is new. Not changed but replaced: scrapes go on
             reading what they were given. None: nothing.
         new: What was counted here and is not in the sums yet. None: nothing.
-        observed: The exemplar of each bucket, of what is new. None: there is none.
+        exemplars: The exemplar of each bucket, of what is new. None: there is none.
     """
 
-    __slots__ = ("_table", "new", "observed", "place", "sums", "values")
+    __slots__ = ("_table", "exemplars", "new", "place", "sums", "values")
 
     def __init__(self, table: Table, values: Values, place: int) -> None:
         self._table = table
@@ -33,20 +33,20 @@ class Series:
         self.place = place
         self.sums: Numbers | None = None
         self.new: Numbers | None = None
-        self.observed: Row | None = None
+        self.exemplars: Row | None = None
 
-    def begin(self) -> Numbers:
+    def start(self) -> Numbers:
         """Return the new numbers, of which there are none yet, to be added to."""
         self.new = [0] * self._table.width
-        self._table.fresh.append(self)
+        self._table.dirty.append(self)
         return self.new
 
     def keep(self, exemplar: bytes, bucket: int) -> None:
         """Keep a packed exemplar of what is new, unless the one that is kept is newer."""
-        if exemplar and self.observed is None:
-            self.observed = [b""] * (self._table.width - 1)
-        if self.observed is not None:
-            self.observed[bucket] = max(self.observed[bucket], exemplar)
+        if exemplar and self.exemplars is None:
+            self.exemplars = [b""] * (self._table.width - 1)
+        if self.exemplars is not None:
+            self.exemplars[bucket] = max(self.exemplars[bucket], exemplar)
 
 
 class Table:
@@ -59,14 +59,14 @@ class Table:
 
     Attributes:
         series: Every series that is known, here or from siblings, by its label values.
-        fresh: Those with something new.
+        dirty: Those with something new.
     """
 
     def __init__(self, names: tuple[str, ...], bound: int, width: int) -> None:
         self.bound = bound
         self.width = width
         self.series: dict[Values, Series] = {}
-        self.fresh: list[Series] = []
+        self.dirty: list[Series] = []
         self._names = names
         self._nothing: Numbers = [0] * width
         # What scrapes are shown, by place.
@@ -100,34 +100,34 @@ class Table:
     def row(self, values: Values) -> Numbers:
         """Return the new numbers of a series, to be added to."""
         series = self.find(values)
-        return series.new or series.begin()
+        return series.new or series.start()
 
     # ------------------------------------------------------------------------ sharing
 
-    def absorb(self) -> None:
+    def merge_local(self) -> None:
         """Add what is new to the sums; for a process that is alone."""
-        for series in self.fresh:
+        for series in self.dirty:
             self._show(series)
             series.sums = self._rows[series.place]
-        self.taken()
+        self.clear_new()
 
-    def offer(self) -> None:
+    def resend(self) -> None:
         """Take the sums for new: there are siblings now, who know nothing of them."""
-        self.absorb()
+        self.merge_local()
         for series in self.series.values():
             if series.sums is not None:
-                self.fresh.append(series)
+                self.dirty.append(series)
                 series.new, series.sums = [*series.sums], None
                 exemplars = self._exemplars.get(series.values)
-                series.observed = None if exemplars is None else [*exemplars]
+                series.exemplars = None if exemplars is None else [*exemplars]
 
-    def taken(self) -> None:
+    def clear_new(self) -> None:
         """Take note that what was new is in the sums."""
-        for series in self.fresh:
-            series.new = series.observed = None
-        self.fresh.clear()
+        for series in self.dirty:
+            series.new = series.exemplars = None
+        self.dirty.clear()
 
-    def settle(self, values: Values, sums: Numbers, exemplars: Row | None) -> None:
+    def apply(self, values: Values, sums: Numbers, exemplars: Row | None) -> None:
         """Take over the sums of a series, and the exemplars if there is any."""
         series = self.find(values)
         series.sums = sums
@@ -137,9 +137,9 @@ class Table:
 
     # ------------------------------------------------------------------------ reading
 
-    def refresh(self) -> None:
+    def show_new(self) -> None:
         """Show what is new, too."""
-        for series in self.fresh:
+        for series in self.dirty:
             self._show(series)
 
     def family(self, description: Description, **options: Any) -> Family:
@@ -166,7 +166,7 @@ class Table:
         else:
             shown = [*map(add, sums, new)]
         self._rows[series.place] = shown
-        if series.observed is not None:
+        if series.exemplars is not None:
             known = self._exemplars.get(series.values)
-            self._exemplars[series.values] = newest(known, series.observed)
+            self._exemplars[series.values] = newest(known, series.exemplars)
         self._kept[series.place // BLOCK] = {}

@@ -66,7 +66,7 @@ class Gauges(msgspec.Struct, frozen=True):
 
 
 class Changes(NamedTuple):
-    """What is not as it was before a visit, whoever changed it.
+    """What is not as it was before a sync, whoever changed it.
 
     Attributes:
         sums: The sums of all siblings.
@@ -77,14 +77,14 @@ class Changes(NamedTuple):
     exemplars: dict[Key, Row]
 
 
-class TotalsFile:
-    """What all siblings counted; each adds what it counted since its last visit.
+class SharedTotals:
+    """What all siblings counted; each adds what it counted since its last sync.
 
-    One visit is one transaction: it reads what the others changed and writes what is new. A worker
+    One sync is one transaction: it reads what the others changed and writes what is new. A worker
     that dies takes nothing away, and nothing grows with the number of workers there ever were.
     Should the file vanish or be damaged, the siblings make a new one of what they remember, taking
-    the larger of two numbers: each visit reads all changes first, so the last visitor knows
-    everything. Nothing falls; what others counted since the last visit of the first who notices
+    the larger of two numbers: each sync reads all changes first, so the last visitor knows
+    everything. Nothing falls; what others counted since the last sync of the first who notices
     may be missing, a few requests.
 
     Of exemplars each bucket keeps the newest, whoever observed it.
@@ -93,9 +93,9 @@ class TotalsFile:
         path: The file.
 
     Attributes:
-        merged: The sums of all siblings, as of the last visit.
-        exemplars: The newest of all siblings, as of the last visit.
-        workers: Gauges of the living siblings by process id, as of the last visit.
+        merged: The sums of all siblings, as of the last sync.
+        exemplars: The newest of all siblings, as of the last sync.
+        workers: Gauges of the living siblings by process id, as of the last sync.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,23 +110,23 @@ class TotalsFile:
         self._pid = os.getpid()
 
     @FORK_GATE.entered()
-    def visit(
+    def sync(
         self,
         new: Mapping[Key, Numbers],
-        folded: Mapping[str, int],
+        commits: Mapping[str, int],
         gauges: Gauges,
         exemplars: Mapping[Key, Row] = {},
     ) -> Changes:
         """Add what is new, and learn what others added.
 
         Args:
-            new: What was counted since the last visit; taken exactly once, unless this raises.
-            folded: For each journal, the number of the last fold that is part of `new`.
+            new: What was counted since the last sync; taken exactly once, unless this raises.
+            commits: For each journal, the number of the last commit that is part of `new`.
             gauges: Of this process.
-            exemplars: What was observed since the last visit; kept where it is the newest.
+            exemplars: What was observed since the last sync; kept where it is the newest.
 
         Returns:
-            What is new, added to what was there, and what others added since the last visit.
+            What is new, added to what was there, and what others added since the last sync.
 
         Raises:
             sqlite3.Error: The file cannot be used now; nothing was added.
@@ -134,7 +134,7 @@ class TotalsFile:
             StateUnavailable: Its folder is not ours alone.
         """
         try:
-            return self._visit(new, folded, gauges, exemplars)
+            return self._sync(new, commits, gauges, exemplars)
         except sqlite3.DatabaseError as error:
             self.close()
             # Exactly that class: "file is not a database", "disk image is malformed".
@@ -143,10 +143,10 @@ class TotalsFile:
                     self._path.unlink()
             raise
 
-    def _visit(
+    def _sync(
         self,
         new: Mapping[Key, Numbers],
-        folded: Mapping[str, int],
+        commits: Mapping[str, int],
         gauges: Gauges,
         exemplars: Mapping[Key, Row],
     ) -> Changes:
@@ -181,7 +181,7 @@ class TotalsFile:
                     for (family, labels), row in kept.items()
                 ],
             )
-            connection.executemany("INSERT OR REPLACE INTO journal VALUES (?, ?)", folded.items())
+            connection.executemany("INSERT OR REPLACE INTO journal VALUES (?, ?)", commits.items())
             connection.execute(
                 "INSERT OR REPLACE INTO worker VALUES (?, ?, ?)",
                 (self._pid, started(self._pid), _to_json(gauges).decode()),
@@ -202,8 +202,8 @@ class TotalsFile:
         return changes
 
     @FORK_GATE.entered()
-    def folded(self, journal: str) -> int | None:
-        """Return the number of the last fold of a journal that is in the sums; None if not known.
+    def last_commit(self, journal: str) -> int | None:
+        """Return the number of the last commit of a journal that is in the sums; None if not known.
 
         Raises:
             sqlite3.Error: The file cannot be read now.
@@ -223,7 +223,7 @@ class TotalsFile:
             )
 
     @FORK_GATE.entered()
-    def leave(self) -> None:
+    def release(self) -> None:
         """Take this process' gauges out and close the file."""
         with suppress(sqlite3.Error, OSError, StateUnavailable):
             connection = self._open()

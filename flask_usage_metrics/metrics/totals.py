@@ -50,14 +50,14 @@ from flask_usage_metrics.metrics.names import (
     Shape,
 )
 from flask_usage_metrics.metrics.series import Series, Table, Values
-from flask_usage_metrics.metrics.shared_totals import Gauges, Numbers, TotalsFile
-from flask_usage_metrics.metrics.sink_counts import Account
+from flask_usage_metrics.metrics.shared_totals import Gauges, Numbers, SharedTotals
+from flask_usage_metrics.metrics.sink_counters import SinkCounters
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.state_dir import State, StateUnavailable
 
 _PAUSE_SECONDS = 1.0
-"""The siblings' file is left alone for so long when a visit failed."""
+"""The siblings' file is left alone for so long when a sync failed."""
 
 _Combination = tuple[str, str | None, int, str | None, str]
 """Method, endpoint, status, country and client of a record."""
@@ -70,7 +70,7 @@ class CountedJournal(Protocol):
 
     Attributes:
         id: Unique name.
-        committed: Number of the last fold that is in the totals.
+        committed: Number of the last commit that is in the totals.
     """
 
     id: str
@@ -81,7 +81,7 @@ class Source(Protocol):
     """What the gauges of one app are read from, at each scrape."""
 
     def drain(self) -> None:
-        """Fold what is buffered; for a bounded time, without waiting for anything remote."""
+        """Process what is buffered; for a bounded time, without waiting for anything remote."""
 
     def in_progress(self) -> int:
         """Return the number of requests being answered."""
@@ -117,12 +117,12 @@ class Totals:
         self.state: State | None = None
         self._version = version
         self._sources: WeakSet[Source] = WeakSet()
-        self._accounts: list[Account] = []
+        self._sink_counters: list[SinkCounters] = []
         self._faults: list[Faults] = []
         self._names = {described: _names(described, shape) for described in DESCRIPTIONS}
         self._picked = [REQUEST_LABELS.index(label) for label in shape.histogram_labels]
-        self._inherited: list[TotalsFile] = []
-        self._file: TotalsFile | None = None
+        self._inherited: list[SharedTotals] = []
+        self._file: SharedTotals | None = None
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
@@ -156,37 +156,37 @@ class Totals:
                 self._events.row((objective.name, result))
         self._known: dict[_Combination, tuple[Series, Series, Series, Series]] = {}
         self._published: dict[tuple[int, str], int] = {}
-        self._folded: dict[CountedJournal, int] = {}
-        for account in self._accounts:
-            account.reset()
+        self._commits: dict[CountedJournal, int] = {}
+        for counters in self._sink_counters:
+            counters.reset()
 
     # ------------------------------------------------------------------------ writing
 
     def add(
         self,
         records: Iterable[UsageRecord],
-        folded: Mapping[CountedJournal, int],
+        commits: Mapping[CountedJournal, int],
         sampled: Collection[str] = frozenset(),
     ) -> None:
         """Count records; each is in exactly one series of each family it belongs to.
 
         Args:
             records: To be counted.
-            folded: For the journals they come from, the number of this fold.
+            commits: For the journals they come from, the number of this commit.
             sampled: Ids of those records whose span is exported: they may become exemplars.
         """
         with self._lock:
             self._add(records, sampled)
-            self._folded.update(folded)
+            self._commits.update(commits)
             if self._file is None:
                 self._commit()
 
-    def account(self, sink: str) -> Account:
-        """Return a new account; accounts of the same sink are added up."""
-        account = Account(sink)
+    def sink_counters(self, sink: str) -> SinkCounters:
+        """Return new counters; those of the same sink are added up."""
+        counters = SinkCounters(sink)
         with self._lock:
-            self._accounts.append(account)
-        return account
+            self._sink_counters.append(counters)
+        return counters
 
     def watch(self, source: Source, faults: Faults) -> None:
         """Read gauges from a source for as long as it lives, and its faults for ever."""
@@ -202,20 +202,20 @@ class Totals:
             requests, durations, sizes, clients = known.get(key) or self._find(key)
             seconds = record.duration_seconds
             bucket = bisect_left(bounds, seconds)
-            row = requests.new or requests.begin()
+            row = requests.new or requests.start()
             row[bucket] += 1
             row[-1] += seconds
             if durations is not requests:
-                row = durations.new or durations.begin()
+                row = durations.new or durations.start()
                 row[bucket] += 1
                 row[-1] += seconds
             if sampled and record.id in sampled:
                 durations.keep(pack(record), bucket)
-            row = sizes.new or sizes.begin()
+            row = sizes.new or sizes.start()
             row[0] += record.bytes_sent
             if record.bytes_received:
                 row[1] += record.bytes_received
-            row = clients.new or clients.begin()
+            row = clients.new or clients.start()
             row[0] += 1
             for objective in objectives:
                 self._events.row(objective.event(record))[0] += 1
@@ -232,7 +232,7 @@ class Totals:
         if series.values != values:
             label = "consumer" if table is self._consumers else "exception"
             self._overflow.row((label,))[0] += 1
-        (series.new or series.begin())[0] += 1
+        (series.new or series.start())[0] += 1
 
     def _find(self, key: _Combination) -> tuple[Series, Series, Series, Series]:
         """Return the series of requests, durations, sizes and clients that a request counts in.
@@ -286,21 +286,21 @@ class Totals:
         """Add what is counted here to the file of the siblings, and read theirs from it."""
         with self._lock:
             if self._file is None:
-                self._file = TotalsFile(path)
+                self._file = SharedTotals(path)
                 for table in self._tables.values():
-                    table.offer()
+                    table.resend()
 
     def stay_alone(self) -> None:
         """Take note that there are siblings, and no place to share totals with them."""
         self._is_shared = False
 
-    def exchange(self) -> None:
+    def sync(self) -> None:
         """Visit the siblings' file, if there is one; it never raises, and tries again later."""
         with self._lock:
-            self._exchange()
+            self._sync()
 
-    def folded(self, journal: CountedJournal) -> int | None:
-        """Return the number of the last fold of an adopted journal that was counted.
+    def last_commit(self, journal: CountedJournal) -> int | None:
+        """Return the number of the last commit of an adopted journal that was counted.
 
         Returns:
             None if the siblings' file cannot be asked now: what is in the journal must wait.
@@ -309,7 +309,7 @@ class Totals:
         with self._lock:
             if self._file is not None:
                 try:
-                    number = self._file.folded(journal.id)
+                    number = self._file.last_commit(journal.id)
                 except (sqlite3.Error, OSError, StateUnavailable) as error:
                     self._complain(error)
                     return None
@@ -321,7 +321,7 @@ class Totals:
     def forget(self, journal: CountedJournal) -> None:
         """Forget a journal that is about to be closed."""
         with self._lock:
-            self._folded.pop(journal, None)
+            self._commits.pop(journal, None)
             if self._file is not None:
                 self._file.forget([journal.id])
 
@@ -329,48 +329,48 @@ class Totals:
         """Add what is left to the siblings' file and close it."""
         with self._lock:
             if self._file is not None:
-                self._exchange()
-                self._file.leave()
+                self._sync()
+                self._file.release()
 
     def in_progress(self) -> int:
         """Return the number of requests being answered in this process."""
         return sum(source.in_progress() for source in list(self._sources))
 
     def workers(self) -> list[int]:
-        """Return the process ids of this process and its living siblings, as of the last visit."""
+        """Return the process ids of this process and its living siblings, as of the last sync."""
         file = self._file
         return [os.getpid()] if file is None else sorted({os.getpid(), *file.workers})
 
-    def _exchange(self) -> None:
-        # A file that is locked costs a second, which not every scrape and fold should wait.
+    def _sync(self) -> None:
+        # A file that is locked costs a second, which not every scrape and batch should wait.
         if self._file is None or monotonic() < self._retry_at:
             return
         self._count_results()
-        fresh = [(name, series) for name, table in self._tables.items() for series in table.fresh]
+        dirty = [(name, series) for name, table in self._tables.items() for series in table.dirty]
         new = {
-            (name, series.values): series.new for name, series in fresh if series.new is not None
+            (name, series.values): series.new for name, series in dirty if series.new is not None
         }
         exemplars = {
-            (name, series.values): series.observed
-            for name, series in fresh
-            if series.observed is not None
+            (name, series.values): series.exemplars
+            for name, series in dirty
+            if series.exemplars is not None
         }
-        folded = {journal.id: number for journal, number in self._folded.items()}
+        commits = {journal.id: number for journal, number in self._commits.items()}
         gauges = self._gauges(list(self._sources))
         try:
-            changes = self._file.visit(new, folded, gauges, exemplars)
+            changes = self._file.sync(new, commits, gauges, exemplars)
         except (sqlite3.Error, OSError, StateUnavailable) as error:
             self._complain(error)
             return
         self._is_shared = True
         for table in self._tables.values():
-            table.taken()
+            table.clear_new()
         self._commit()
         for key, sums in changes.sums.items():
             name, values = key
             known = self._tables.get(name)  # None: of a sibling that is newer
             if known is not None:
-                known.settle(values, sums, changes.exemplars.get(key))
+                known.apply(values, sums, changes.exemplars.get(key))
 
     def _complain(self, error: Exception) -> None:
         self._is_shared = False
@@ -379,10 +379,10 @@ class Totals:
             self._faults[0].report("totals", error, "workers are added together later")
 
     def _commit(self) -> None:
-        for journal, number in self._folded.items():
+        for journal, number in self._commits.items():
             with suppress(ValueError, TypeError):  # it was closed meanwhile
                 journal.committed = number
-        self._folded.clear()
+        self._commits.clear()
 
     # ------------------------------------------------------------------------ reading
 
@@ -392,13 +392,13 @@ class Totals:
         for source in sources:
             source.drain()
         with self._lock:
-            self._exchange()
+            self._sync()
             self._count_results()
             for table in self._tables.values():
                 if self._file is None:
-                    table.absorb()
+                    table.merge_local()
                 else:
-                    table.refresh()
+                    table.show_new()
             families = {
                 described: self._tables[described.name].family(described)
                 for described in DESCRIPTIONS
@@ -424,10 +424,15 @@ class Totals:
         ]
 
     def _count_results(self) -> None:
-        """Bring the tables of results and faults up to what the accounts have come to."""
+        """Bring the tables of results and faults up to what the counters have come to."""
         counts: list[tuple[Table, Values, int, int]] = [
-            (self._results, (account.sink, result), id(account), getattr(account, result))
-            for account in self._accounts
+            (
+                self._results,
+                (counters.sink, result),
+                id(counters),
+                getattr(counters, result),
+            )
+            for counters in self._sink_counters
             for result in ("written", "dropped", "failed")
         ]
         counts += [

@@ -28,9 +28,9 @@ _HEADER_BYTES = 4096
 _HEADER = struct.Struct("=8sQQQQI")  # magic, size, tail, head, committed, length of the origin
 _TAIL, _HEAD, _COMMITTED = 2, 3, 4  # places of the header's words of 64 bits
 _U32 = struct.Struct("=I")
-_FRAME = struct.Struct("=IIQII")  # length, checksum, sequence, fold number, unused
+_FRAME = struct.Struct("=IIQII")  # length, checksum, sequence, commit number, unused
 _NEW_FRAME = struct.Struct("=IIQQ")
-_NUMBER = 4  # place of a frame's fold number among its words of 32 bits
+_NUMBER = 4  # place of a frame's commit number among its words of 32 bits
 _SKIP = 0xFFFFFFFF
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -98,13 +98,13 @@ class Journal:
         return len(self._waiting) > self._capacity // 4
 
     def release(self, sequence: int) -> None:
-        """Forget on disk as well what is settled: everything up to this number."""
+        """Forget on disk as well what is durable: everything up to this number."""
         if self.file is not None:
             with self._lock:
                 self.file.release(sequence)
 
     def close(self) -> None:
-        """Give the file back; it is removed if nothing in it is unsettled."""
+        """Give the file back; it is removed if nothing in it is open."""
         if self.file is not None:
             with self._lock:
                 file, self.file = self.file, None
@@ -118,12 +118,12 @@ class Journal:
 
 
 class JournalFile:
-    """A file of frames, allocated at once and mapped: a ring whose tail follows what is settled.
+    """A file of frames, allocated at once and mapped: a ring whose tail follows what is durable.
 
     The kernel writes what is in the map to the file whatever becomes of the process. The file is
-    locked (``flock``) as long as its process lives. Each frame has the number of the fold that
-    counted it, and the file the number of the last fold that was committed: so whoever adopts the
-    file after a kill knows what was counted, and counts the rest.
+    locked (``flock``) as long as its process lives. Each frame has the number of the commit that
+    counted it, and the file the number of the last commit: so whoever recovers the file after a
+    kill knows what was counted, and counts the rest.
 
     Attributes:
         id: Unique name.
@@ -176,7 +176,7 @@ class JournalFile:
             raise
 
     @classmethod
-    def adopt(cls, path: Path, app: str) -> JournalFile | None:
+    def recover(cls, path: Path, app: str) -> JournalFile | None:
         """Take over the file of a dead process; None if it is none, or not this app's."""
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -200,7 +200,7 @@ class JournalFile:
 
     @property
     def committed(self) -> int:
-        """Number of the last fold that was committed."""
+        """Number of the last commit that was committed."""
         return int(self._words[_COMMITTED])
 
     @committed.setter
@@ -250,7 +250,7 @@ class JournalFile:
         return True
 
     def mark(self, sequences: Iterable[int], number: int) -> None:
-        """Note that a fold is about to count these."""
+        """Note that a commit is about to count these."""
         frames, numbers = self._frames, self._numbers
         for sequence in sequences:
             if sequence in frames:
@@ -264,8 +264,8 @@ class JournalFile:
         frames = self._frames
         start = self._tail
         # Listed first: to begin at the front again would pass all the gaps there each time.
-        for settled in list(takewhile(sequence.__ge__, frames)):
-            del frames[settled]
+        for durable in list(takewhile(sequence.__ge__, frames)):
+            del frames[durable]
         if frames:
             first = next(iter(frames.values())) - _HEADER_BYTES
             self._tail += (first - start) % self._size
@@ -294,7 +294,7 @@ class JournalFile:
             start += length
 
     def entries(self) -> Iterator[tuple[int, int, Observation]]:
-        """Yield what was captured and not settled: sequence, fold number, observation.
+        """Yield what was captured and not durable: sequence, commit number, observation.
 
         What is damaged ends it, as nothing tells where the next frame begins.
         """
@@ -316,7 +316,7 @@ class JournalFile:
                 yield sequence, number, _decode(payload)
 
     def is_empty(self) -> bool:
-        """Tell whether everything is settled."""
+        """Tell whether everything is durable."""
         return not self._frames and self._tail >= self._head
 
     def is_there(self) -> bool:

@@ -11,15 +11,15 @@ from operator import attrgetter
 from time import monotonic, perf_counter
 from typing import TypeVar
 
-from flask_usage_metrics.enrich.country import Locator
+from flask_usage_metrics.enrich.country import CountryLookup
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 from flask_usage_metrics.metrics.totals import CountedJournal, Totals
-from flask_usage_metrics.pipeline.checkpoints import Item, Settlement, Stream
+from flask_usage_metrics.pipeline.checkpoints import Checkpoints, JournalEntry, JournalReader
 from flask_usage_metrics.pipeline.delivery.sink import Sink
 from flask_usage_metrics.pipeline.journal import Journal
-from flask_usage_metrics.pipeline.membership import Membership
+from flask_usage_metrics.pipeline.worker_group import WorkerGroup
 from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
@@ -50,19 +50,19 @@ _T = TypeVar("_T")
 
 
 class Pipeline:
-    """Folds what one app's requests left in the journals, into the totals and the sinks.
+    """Processes what one app's requests left in the journals, into the totals and the sinks.
 
     Args:
         journal: Where `submit` leaves observations.
-        membership: Tells of the siblings, and what the dead among them left.
+        worker_group: Tells of the siblings, and what the dead among them left.
         enricher: Makes records of observations.
-        locator: Where the enricher looks up countries.
+        country_lookup: Where the enricher looks up countries.
         visitor_keys: What has to be destroyed in time.
         tally: Where visitors are counted.
         spans: What ends the spans of requests, one of the sinks; None: there are none.
         totals: Where records are counted.
         sinks: Where records go.
-        flush_seconds: Seconds an observation waits for others to be folded with.
+        flush_seconds: Seconds an observation waits for others to be processed with.
         idle_seconds: How long the worker waits for requests before it ends.
         inline: Whether `submit` waits until the record is written.
         faults: Where failures are reported.
@@ -72,9 +72,9 @@ class Pipeline:
         self,
         *,
         journal: Journal,
-        membership: Membership,
+        worker_group: WorkerGroup,
         enricher: Enricher,
-        locator: Locator,
+        country_lookup: CountryLookup,
         visitor_keys: VisitorIds,
         tally: VisitorTally | None,
         spans: Sink | None,
@@ -86,14 +86,14 @@ class Pipeline:
         faults: Faults,
     ) -> None:
         self._journal = journal
-        self._membership = membership
+        self._worker_group = worker_group
         self._enricher = enricher
-        self._locator = locator
+        self._country_lookup = country_lookup
         self._visitor_keys = visitor_keys
         self._tally = tally
         self._spans = spans
         self._totals = totals
-        self._account = totals.account(METRICS_SINK)
+        self._counters = totals.sink_counters(METRICS_SINK)
         self._sinks = sinks
         self._flush_seconds = flush_seconds
         self._idle_seconds = idle_seconds
@@ -103,8 +103,8 @@ class Pipeline:
 
     def _start_anew(self) -> None:
         self._lock = threading.Lock()
-        self._unlocated: list[Item] = []
-        self._folding = 0
+        self._unlocated: list[JournalEntry] = []
+        self._processing = 0
         self._dropped = self._dropped_spans = self._lost = 0
         self._has_begun = False
         self._is_shared = self._ends = False
@@ -113,17 +113,17 @@ class Pipeline:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._short = threading.Lock()
-        self._settlement = Settlement(
-            self._journal, self._membership, self._enricher.origin, self._sinks
+        self._checkpoints = Checkpoints(
+            self._journal, self._worker_group, self._enricher.origin, self._sinks
         )
 
     def reset_after_fork(self) -> None:
-        """Forget what the parent process will fold."""
+        """Forget what the parent process will process."""
         self._journal.reset_after_fork()
-        self._settlement.leave()
-        self._membership.reset_after_fork()
+        self._checkpoints.release()
+        self._worker_group.reset_after_fork()
         self._enricher.reset_after_fork()
-        self._locator.reset_after_fork()
+        self._country_lookup.reset_after_fork()
         self._visitor_keys.reset_after_fork()
         if self._tally is not None:
             self._tally.reset_after_fork()
@@ -152,10 +152,10 @@ class Pipeline:
                 has_threads = bool(getattr(sys.modules.get("uwsgi"), "has_threads", True))
                 self._has_worker = has_threads and not ends
                 self._is_urgent = self._inline or not self._has_worker
-                file = self._membership.begin(self._enricher.origin, multiprocess=multiprocess)
-                self._settlement.own.file = self._journal.file = file
+                file = self._worker_group.begin(self._enricher.origin, multiprocess=multiprocess)
+                self._checkpoints.own.file = self._journal.file = file
                 for sink in self._sinks:
-                    sink.attach(self._membership.spool(sink.name))
+                    sink.attach(self._worker_group.spool(sink.name))
         return self._notice if multiprocess and self._has_worker else None
 
     def _notice(self) -> None:
@@ -215,9 +215,9 @@ class Pipeline:
             self._wake.wait(self._flush_seconds)
             self._wake.clear()
             try:
-                self.fold()
+                self.process()
             except Exception as error:  # noqa: BLE001 - the worker goes on whatever happens
-                self._faults.report("pipeline", error, "records are folded later")
+                self._faults.report("pipeline", error, "records are processed later")
             if self._has_work():
                 continue
             self._awake = False
@@ -244,74 +244,76 @@ class Pipeline:
         return self._idle_seconds if due is None else max(due, 0.0) + 0.1
 
     def _has_work(self) -> bool:
-        if self._journal or self._unlocated or self._settlement:
+        if self._journal or self._unlocated or self._checkpoints:
             return True
         # The siblings show how many requests are being answered here.
         return self._is_shared and self._totals.in_progress() > 0
 
-    def fold(self, grace: float = 0.0) -> None:
+    def process(self, grace: float = 0.0) -> None:
         """Turn the observations taken so far into records, count them, hand them to the sinks.
 
         Args:
             grace: Seconds to wait for the app's own country function; nothing remote is waited
-                for, what it is asked for is folded later.
+                for, what it is asked for is processed later.
         """
         with self._lock:
-            self._fold(grace)
+            self._process(grace)
 
-    def _fold(self, grace: float) -> None:
-        self._visitor_keys.tend()
-        adopted = list(self._adopt())
+    def _process(self, grace: float) -> None:
+        self._visitor_keys.maintain()
+        recovered = list(self._recover())
         waiting, self._unlocated = self._unlocated, []
-        self._fold_items([*waiting, *adopted])
-        own = self._settlement.own
+        self._process_entries([*waiting, *recovered])
+        own = self._checkpoints.own
         for _ in range(len(self._journal) // _CHUNK + 1):
             if taken := self._journal.take(_CHUNK):
-                items = [*map(Item, repeat(own), *zip(*taken, strict=True), repeat(False))]
-                self._fold_chunk(items, ())
+                entries = [
+                    *map(JournalEntry, repeat(own), *zip(*taken, strict=True), repeat(False))
+                ]
+                self._process_chunk(entries, ())
         if grace and self._unlocated:
-            self._locator.wait_local(grace)
+            self._country_lookup.wait_local(grace)
             waiting, self._unlocated = self._unlocated, []
-            self._fold_items(waiting)
-        self._totals.exchange()
-        self._settlement.settle(self._unlocated)
+            self._process_entries(waiting)
+        self._totals.sync()
+        self._checkpoints.checkpoint(self._unlocated)
 
-    def _adopt(self) -> Iterable[Item]:
-        """Yield what dead siblings captured and did not see settled."""
-        for file in self._membership.leftovers():
-            folded = self._totals.folded(file)
-            if folded is None:
+    def _recover(self) -> Iterable[JournalEntry]:
+        """Yield what dead siblings captured and did not see durable."""
+        for file in self._worker_group.leftovers():
+            last_commit = self._totals.last_commit(file)
+            if last_commit is None:
                 file.close(remove=False)
                 continue
-            yield from self._settlement.adopt(file, folded)
+            yield from self._checkpoints.recover(file, last_commit)
 
-    def _fold_items(self, items: Sequence[Item]) -> None:
+    def _process_entries(self, entries: Sequence[JournalEntry]) -> None:
         end = 0
-        for _, same in groupby(items, attrgetter("stream", "is_counted")):
+        for _, same in groupby(entries, attrgetter("reader", "is_counted")):
             for chunk in _groups(list(same), _CHUNK):
                 end += len(chunk)
-                self._fold_chunk(chunk, items[end:])
+                self._process_chunk(chunk, entries[end:])
 
-    def _fold_chunk(self, items: Sequence[Item], rest: Sequence[Item]) -> None:
-        """Fold items of one stream, all of them counted before or none."""
-        self._folding = len(items)
-        stream, is_counted = items[0].stream, items[0].is_counted
+    def _process_chunk(self, entries: Sequence[JournalEntry], rest: Sequence[JournalEntry]) -> None:
+        """Process entries of one reader, all of them counted before or none."""
+        self._processing = len(entries)
+        reader, is_counted = entries[0].reader, entries[0].is_counted
         records: list[UsageRecord] = []
         traced: list[UsageRecord] = []
         sampled: set[str] = set()
-        decided: list[int] = []
+        acked: list[int] = []
         failed = failed_spans = 0
-        stamped = chain.from_iterable(map(self._stamped, _groups(items, _STAMPED)))
-        for item, seen, (record_id, started_at) in self._unhurried(stamped):
+        stamped = chain.from_iterable(map(self._stamped, _groups(entries, _STAMPED)))
+        for entry, seen, (record_id, started_at) in self._yielding(stamped):
             try:
-                record = self._enricher.enrich(seen, stream.origin, record_id, started_at)
+                record = self._enricher.enrich(seen, reader.origin, record_id, started_at)
             except Exception as error:  # noqa: BLE001 - one poisonous request among others
                 self._faults.report("enrichment", error, "a request was not counted")
                 failed += 1
                 failed_spans += self._has_span(seen)
             else:
                 if record is None:
-                    self._unlocated.append(item)
+                    self._unlocated.append(entry)
                     continue
                 records.append(record)
                 if seen.extras is not None:
@@ -320,13 +322,13 @@ class Pipeline:
                         sampled.add(record_id)
                         if trace.is_own and self._spans is not None:
                             traced.append(record)
-            decided.append(item.sequence)
+            acked.append(entry.sequence)
         with self._short:
             dropped, self._dropped = self._dropped, 0
             dropped_spans, self._dropped_spans = self._dropped_spans, 0
             failed, self._lost = failed + self._lost, 0
         if not is_counted:
-            self._count(stream, decided, records, sampled)
+            self._count(reader, acked, records, sampled)
         if self._tally is not None:
             self._tally.add(
                 (record.started_at.timestamp(), record.visitor)
@@ -334,46 +336,46 @@ class Pipeline:
                 if record.visitor is not None
             )
         written = 0 if is_counted else len(records)
-        self._account.add(written=written, dropped=dropped, failed=failed)
+        self._counters.add(written=written, dropped=dropped, failed=failed)
         for sink in self._sinks:
             if sink is self._spans:
                 sink.put(traced, dropped=dropped_spans, failed=failed_spans)
             else:
                 sink.put(records, dropped=dropped, failed=failed)
-        self._settlement.note(stream, decided, (*self._unlocated, *rest))
-        self._folding = 0
+        self._checkpoints.note(reader, acked, (*self._unlocated, *rest))
+        self._processing = 0
 
     def _count(
         self,
-        stream: Stream,
-        decided: Sequence[int],
+        reader: JournalReader,
+        acked: Sequence[int],
         records: Sequence[UsageRecord],
         sampled: Collection[str],
     ) -> None:
         """Add records to the totals; their journal is told before which ones it is about."""
-        folded: dict[CountedJournal, int] = {}
-        if stream.file is not None and decided:
-            stream.fold += 1
-            stream.file.mark(decided, stream.fold)
-            folded[stream.file] = stream.fold
-        self._totals.add(self._unhurried(records), folded, sampled)
+        commits: dict[CountedJournal, int] = {}
+        if reader.file is not None and acked:
+            reader.commit += 1
+            reader.file.mark(acked, reader.commit)
+            commits[reader.file] = reader.commit
+        self._totals.add(self._yielding(records), commits, sampled)
 
     def _stamped(
-        self, items: Sequence[Item]
-    ) -> Iterator[tuple[Item, Observation, tuple[str, datetime]]]:
-        """Yield items of one stream, their observations, and the stamps of their records."""
-        seen = [item.seen for item in items]
-        nonce = items[0].stream.origin.nonce
-        numbers = [nonce + item.sequence for item in items]
-        return zip(items, seen, self._enricher.stamps(seen, numbers), strict=True)
+        self, entries: Sequence[JournalEntry]
+    ) -> Iterator[tuple[JournalEntry, Observation, tuple[str, datetime]]]:
+        """Yield entries of one reader, their observations, and the stamps of their records."""
+        seen = [entry.seen for entry in entries]
+        nonce = entries[0].reader.origin.nonce
+        numbers = [nonce + entry.sequence for entry in entries]
+        return zip(entries, seen, self._enricher.stamps(seen, numbers), strict=True)
 
-    def _unhurried(self, items: Iterable[_T]) -> Iterator[_T]:
-        """Yield items, and let others have the interpreter in between, unless too much waits."""
-        return chain.from_iterable(self._steps(iter(items)))
+    def _yielding(self, entries: Iterable[_T]) -> Iterator[_T]:
+        """Yield entries, and let others have the interpreter in between, unless too much waits."""
+        return chain.from_iterable(self._steps(iter(entries)))
 
-    def _steps(self, items: Iterator[_T]) -> Iterator[Sequence[_T]]:
+    def _steps(self, entries: Iterator[_T]) -> Iterator[Sequence[_T]]:
         until = perf_counter() + _STEP_SECONDS
-        while step := [*islice(items, _STEP_ITEMS)]:
+        while step := [*islice(entries, _STEP_ITEMS)]:
             yield step
             if perf_counter() >= until:
                 if not self._journal.is_filling():
@@ -387,17 +389,17 @@ class Pipeline:
     # ------------------------------------------------------------------------ for others
 
     def drain(self) -> None:
-        """Fold what is buffered; never raises, and waits a second at most for another fold."""
+        """Process what is buffered; never raises, and waits a second at most for another batch."""
         if self._lock.acquire(timeout=_DRAIN_SECONDS):
             try:
-                self._fold(_GRACE_SECONDS)
+                self._process(_GRACE_SECONDS)
             except Exception as error:  # noqa: BLE001 - a scrape shows what is known by now
-                self._faults.report("pipeline", error, "records are folded later")
+                self._faults.report("pipeline", error, "records are processed later")
             finally:
                 self._lock.release()
 
     def flush(self, timeout: float) -> bool:
-        """Wait until all that was captured so far is folded and written.
+        """Wait until all that was captured so far is processed and written.
 
         Args:
             timeout: Seconds to wait at most.
@@ -410,18 +412,18 @@ class Pipeline:
             if not self._lock.acquire(timeout=max(deadline - monotonic(), 0)):
                 return False
             try:
-                self._fold(0.0)
+                self._process(0.0)
                 located = not self._unlocated
             finally:
                 self._lock.release()
             remaining = deadline - monotonic()
             if located or remaining <= 0:
                 break
-            self._locator.wait(min(remaining, 0.1))
+            self._country_lookup.wait(min(remaining, 0.1))
         flushed = [sink.flush(deadline) for sink in self._sinks]
         with self._lock:
-            self._totals.exchange()
-            self._settlement.settle(self._unlocated)
+            self._totals.sync()
+            self._checkpoints.checkpoint(self._unlocated)
         return located and all(flushed)
 
     def close(self, timeout: float) -> None:
@@ -434,24 +436,24 @@ class Pipeline:
             left = f"{lost + buffered} record(s) were not written"
             self._faults.report("exit", left, "they are lost")
         with self._lock:
-            self._totals.exchange()
-            self._settlement.settle(self._unlocated)
+            self._totals.sync()
+            self._checkpoints.checkpoint(self._unlocated)
             self._has_begun = False
             if self._journal.file is not None:
                 if self._journal.file.is_empty():
                     self._totals.forget(self._journal.file)
                 self._journal.close()
-            self._settlement.leave()
+            self._checkpoints.release()
             self._totals.close()
-            self._membership.end()
-        self._locator.close()
+            self._worker_group.end()
+        self._country_lookup.close()
         self._visitor_keys.close()
         if self._tally is not None:
             self._tally.close()
 
     def pending(self) -> dict[str, int]:
-        """Return, for each sink, how many captured requests are not decided."""
-        buffered = len(self._journal) + len(self._unlocated) + self._folding
+        """Return, for each sink, how many captured requests are not acked."""
+        buffered = len(self._journal) + len(self._unlocated) + self._processing
         buffered += self._dropped + self._lost
         pending = {METRICS_SINK: buffered}
         for sink in self._sinks:
@@ -468,5 +470,5 @@ class Pipeline:
         return not self._has_begun or (file is not None and file.is_there())
 
 
-def _groups(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+def _groups(entries: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    return (entries[start : start + size] for start in range(0, len(entries), size))

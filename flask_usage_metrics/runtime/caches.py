@@ -9,7 +9,7 @@ Key = TypeVar("Key", bound=tuple[object, ...])
 Made = TypeVar("Made")
 
 
-class Remembered(dict[Key, Made]):
+class TwoGenerationCache(dict[Key, Made]):
     """Subscripting it calls a function with a key, unless what that returned is known.
 
     What is known costs a third less than with `functools.lru_cache`, as only of what is new it is

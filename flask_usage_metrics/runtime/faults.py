@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 logger = logging.getLogger("flask_usage_metrics")
 
@@ -47,6 +49,23 @@ class Faults:
         logger.warning("%s: %s; %s", part, kind, consequence)
         if isinstance(error, BaseException):
             logger.debug("%s: %s\n%s", part, kind, _where(error))
+
+    @contextmanager
+    def caught(
+        self, part: str, consequence: str, kinds: type[BaseException] = Exception
+    ) -> Iterator[None]:
+        """Report what the block raises instead of raising it; off the hot path.
+
+        Args:
+            part: As in `report`.
+            consequence: As in `report`.
+            kinds: Class of the exceptions that are caught; `BaseException` around code of the
+                app's, which may even call ``exit()``.
+        """
+        try:
+            yield
+        except kinds as error:
+            self.report(part, error, consequence)
 
     def counts(self) -> dict[str, int]:
         """Return how many faults each part had since the start of the process."""

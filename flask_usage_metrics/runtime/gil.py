@@ -23,7 +23,7 @@ def pause() -> None:
     sleep(_PAUSE_SECONDS)
 
 
-class Pacer:
+class GilYielder:
     """Pauses now and then in one piece of work, until a pause has lasted for long.
 
     Then some other thread computes without a break, and each pause is 5 ms long: this thread would

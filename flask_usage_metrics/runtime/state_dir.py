@@ -1,4 +1,4 @@
-"""The state directory: what processes of one app leave on disk for each other, no stranger."""
+"""The state directory: what processes of one app release on disk for each other, no stranger."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOCK = "lock"
 _STALE_SECONDS = 30 * 86_400.0
 """What nobody adopted for so long belongs to an app that is gone, or has another storage now."""
 
-_GENERATION = re.compile(r"g-[0-9a-f]{16}")
+_RUN = re.compile(r"g-[0-9a-f]{16}")
 _OWN_FILE = re.compile(r"lock|totals\.sqlite3(-wal|-shm|-journal)?|[0-9a-f]{16}\.journal")
 
 
@@ -72,11 +72,11 @@ class State:
                 yield home
 
 
-class Generation:
+class ServerRun:
     """One server's folder in a home: its workers are members.
 
-    Membership is a shared ``flock``, which the kernel gives back however a process ends. A
-    generation is dead when it has no members and nobody is left who would start more.
+    WorkerGroup is a shared ``flock``, which the kernel gives back however a process ends. A
+    server run is dead when it has no members and nobody is left who would start more.
 
     Args:
         home: The app's folder.
@@ -100,7 +100,7 @@ class Generation:
             make_private(self.folder)
             try:
                 descriptor = open_private(self.folder / LOCK)
-            except FileNotFoundError:  # somebody took the generation for dead and removed it
+            except FileNotFoundError:  # somebody took the server run for dead and removed it
                 continue
             close = finalize(self, os.close, descriptor)
             close.atexit = False  # the pipeline ends later, by an exit handler of its own
@@ -111,7 +111,7 @@ class Generation:
             else:
                 close()
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Be no member any more; also right in a forked child, whose parent remains one."""
         if self._close is not None:
             self._close()
@@ -119,29 +119,29 @@ class Generation:
 
     def end(self) -> None:
         """Be no member any more, and remove what nobody else needs."""
-        self.leave()
+        self.release()
         if self._starter == os.getpid():
-            remove_generation(self.folder, starter_ends=True)
+            remove_run(self.folder, starter_ends=True)
 
 
-def dead_generations(homes: Iterable[Path], own: Path) -> Iterator[Path]:
-    """Yield the folders of an app's generations that are dead.
+def dead_runs(homes: Iterable[Path], own: Path) -> Iterator[Path]:
+    """Yield the folders of an app's server runs that are dead.
 
     Args:
         homes: See `State.homes`.
-        own: Folder of the own generation, which is not dead.
+        own: Folder of the own server run, which is not dead.
     """
     for home in homes:
         for folder in sorted(home.iterdir()):
-            if folder == own or not _GENERATION.fullmatch(folder.name):
+            if folder == own or not _RUN.fullmatch(folder.name):
                 continue
             with suppress(OSError, StateUnavailable), _held(folder) as dead:
                 if dead:
                     yield folder
 
 
-def remove_generation(folder: Path, *, starter_ends: bool = False) -> None:
-    """Remove a dead generation, unless there is a journal left or it is dead no more.
+def remove_run(folder: Path, *, starter_ends: bool = False) -> None:
+    """Remove a dead server run, unless there is a journal left or it is dead no more.
 
     Args:
         folder: Where it is.
@@ -163,10 +163,10 @@ def _is_wanted(journal: Path) -> bool:
 
 @contextmanager
 def _held(folder: Path, starter_ends: bool = False) -> Iterator[bool]:
-    """Keep others from joining a generation meanwhile; yield whether it is dead.
+    """Keep others from joining a server run meanwhile; yield whether it is dead.
 
     Raises:
-        OSError: It is no generation, or gone.
+        OSError: It is no server run, or gone.
         StateUnavailable: It is not ours alone.
     """
     check_private(folder)

@@ -253,8 +253,8 @@ class Storage(Writer):
         records = self.records(start_date, until, order="newest", limit=first + limit)
         return [as_usage_item(record) for record in islice(records, first, None)]
 
-    def tend(self, keep: timedelta | None, now: datetime) -> float:
-        """Prune what is older than it is to be kept, once an hour; see `Writer.tend`."""
+    def maintain(self, keep: timedelta | None, now: datetime) -> float:
+        """Prune what is older than it is to be kept, once an hour; see `Writer.maintain`."""
         if keep is None:
             return inf
         before = now - keep

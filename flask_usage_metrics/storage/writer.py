@@ -135,7 +135,7 @@ class Writer:
     def flush(self) -> None:
         """Hand over what the storage itself holds back, if anything."""
 
-    def tend(self, keep: timedelta | None, now: datetime) -> float:
+    def maintain(self, keep: timedelta | None, now: datetime) -> float:
         """Do a small piece of upkeep, in the thread that writes; return when there is more to do.
 
         Args:

@@ -16,7 +16,7 @@ from time import process_time, time, time_ns
 from typing import Any
 
 from flask_usage_metrics.enrich import clients
-from flask_usage_metrics.enrich.country import make_locator
+from flask_usage_metrics.enrich.country import make_country_lookup
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.privacy.policy import PRESETS, Policy
 from flask_usage_metrics.enrich.privacy.pseudonyms import Pseudonyms
@@ -67,7 +67,7 @@ def work(home: Path) -> tuple[Work, Work]:
     """Return the parts, and the whole for each preset of privacy."""
     faults = Faults()
     visitors = VisitorIds(State([home], "shop"), "shop 0", faults)
-    locator = make_locator(
+    country_lookup = make_country_lookup(
         "auto",
         trusted_proxies=False,
         use_freegeoip=False,
@@ -85,7 +85,10 @@ def work(home: Path) -> tuple[Work, Work]:
 
     parts: Work = {
         "address": (lambda environ: normalise(environ["REMOTE_ADDR"]), asked),
-        "country": (lambda environ: locator.locate(environ["REMOTE_ADDR"], (), False), asked),
+        "country": (
+            lambda environ: country_lookup.locate(environ["REMOTE_ADDR"], (), False),
+            asked,
+        ),
         "visitor": (identify, asked),
         "user agent": (lambda environ: clients.describe(environ["HTTP_USER_AGENT"]), asked),
         "language": (lambda environ: clients.language(environ["HTTP_ACCEPT_LANGUAGE"]), asked),
@@ -96,7 +99,7 @@ def work(home: Path) -> tuple[Work, Work]:
         enricher = Enricher(
             "shop",
             "shop 0",
-            locator=locator,
+            country_lookup=country_lookup,
             trusted=TrustedProxies(()),
             visitors=visitors,
             policy=policy,

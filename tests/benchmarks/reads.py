@@ -160,7 +160,7 @@ def roll_up(storage: SQLStorage) -> float:
     pause = 0.0
     while pause < 1:
         start = time.perf_counter()
-        pause = storage.tend(None, NOW)
+        pause = storage.maintain(None, NOW)
         steps.append(time.perf_counter() - start)
     return median(steps) * 1e3
 

@@ -101,7 +101,7 @@ class Worker:
             for endpoint, country in [self._names[place]]
         ]
         self._totals.add(records, {})
-        self._totals.exchange()
+        self._totals.sync()
 
     def count_natively(self, places: Iterable[int]) -> None:
         """Count the same in client_python's own metrics."""

@@ -11,13 +11,13 @@ from time import monotonic
 from urllib.parse import urlsplit
 
 from flask_usage_metrics.enrich.country.answer import UNKNOWN, Answer, Source
-from flask_usage_metrics.enrich.country.asking import Asker, SlowSource
+from flask_usage_metrics.enrich.country.background import BackgroundLookup, BlockingSource
 from flask_usage_metrics.enrich.country.header import Header, wsgi_name
 from flask_usage_metrics.enrich.country.limits import Limits
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.runtime.faults import Faults
 
-__all__ = ["Answer", "Limits", "Locator", "make_locator"]
+__all__ = ["Answer", "CountryLookup", "Limits", "make_country_lookup"]
 
 logger = logging.getLogger("flask_usage_metrics")
 
@@ -29,7 +29,7 @@ _EXPECTED = (
 )
 
 
-class Locator:
+class CountryLookup:
     """Asks one source after the other; the first that knows a country wins.
 
     `locate` is called by one thread at a time.
@@ -43,16 +43,16 @@ class Locator:
         self,
         sources: Sequence[Source],
         headers: tuple[str, ...],
-        bell: Condition,
+        answered: Condition,
         limits: Limits,
         faults: Faults,
     ) -> None:
         self.headers = headers
         self._sources = tuple(sources)
         self.is_static = all(source.is_static for source in sources)
-        self._askers = tuple(source for source in sources if isinstance(source, Asker))
-        self._local_askers = tuple(asker for asker in self._askers if asker.is_local)
-        self._bell = bell
+        self._lookups = tuple(source for source in sources if isinstance(source, BackgroundLookup))
+        self._local_lookups = tuple(lookup for lookup in self._lookups if lookup.is_local)
+        self._answered = answered
         self._clock = limits.clock
         self._faults = faults
         self._seen = 0
@@ -96,7 +96,7 @@ class Locator:
             trusted: As in `locate`.
         """
         for source in self._sources:
-            if not isinstance(source, Asker):
+            if not isinstance(source, BackgroundLookup):
                 try:
                     answer = source.locate(address, headers, trusted)
                 except Exception as error:  # noqa: BLE001 - perhaps a damaged file
@@ -112,11 +112,11 @@ class Locator:
         Args:
             timeout: Seconds, at most. It returns at once when no question is under way.
         """
-        with self._bell:
-            arrived = sum(asker.arrived for asker in self._askers)
-            if arrived == self._seen and (left := self._seconds_left(self._askers)) is not None:
-                self._bell.wait(min(timeout, left))
-                arrived = sum(asker.arrived for asker in self._askers)
+        with self._answered:
+            arrived = sum(lookup.arrived for lookup in self._lookups)
+            if arrived == self._seen and (left := self._seconds_left(self._lookups)) is not None:
+                self._answered.wait(min(timeout, left))
+                arrived = sum(lookup.arrived for lookup in self._lookups)
             self._seen = arrived
 
     def wait_local(self, timeout: float) -> None:
@@ -125,43 +125,43 @@ class Locator:
         Args:
             timeout: Seconds, at most.
         """
-        if not self._local_askers:
+        if not self._local_lookups:
             return
         until = monotonic() + timeout
-        with self._bell:
-            while (left := self._seconds_left(self._local_askers)) is not None:
+        with self._answered:
+            while (left := self._seconds_left(self._local_lookups)) is not None:
                 remaining = until - monotonic()
                 if remaining <= 0:
                     return
-                self._bell.wait(min(remaining, left))
+                self._answered.wait(min(remaining, left))
 
     def outstanding(self) -> bool:
         """Tell whether a slow source is being asked whose answer is still waited for."""
-        with self._bell:
-            return self._seconds_left(self._askers) is not None
+        with self._answered:
+            return self._seconds_left(self._lookups) is not None
 
     def reset_after_fork(self) -> None:
         """Start anew in a forked child, which has none of its parent's threads."""
-        self._bell = Condition()
-        self._seen = sum(asker.arrived for asker in self._askers)
-        for asker in self._askers:
-            asker.reset_after_fork(self._bell)
+        self._answered = Condition()
+        self._seen = sum(lookup.arrived for lookup in self._lookups)
+        for lookup in self._lookups:
+            lookup.reset_after_fork(self._answered)
 
     def close(self) -> None:
         """Forget what is being asked and end the threads; the next question starts them again.
 
         Blocks at most a second for each slow source that is at work.
         """
-        for asker in self._askers:
-            asker.close()
+        for lookup in self._lookups:
+            lookup.close()
 
-    def _seconds_left(self, askers: tuple[Asker, ...]) -> float | None:
-        deadlines = [asker.next_deadline() for asker in askers]
+    def _seconds_left(self, lookups: tuple[BackgroundLookup, ...]) -> float | None:
+        deadlines = [lookup.next_deadline() for lookup in lookups]
         first = min((moment for moment in deadlines if moment is not None), default=None)
         return None if first is None else max(0.0, first - self._clock())
 
 
-def make_locator(
+def make_country_lookup(
     given: object,
     *,
     trusted_proxies: bool,
@@ -170,7 +170,7 @@ def make_locator(
     function: Callable[[str], object] | None,
     faults: Faults,
     limits: Limits | None = None,
-) -> Locator:
+) -> CountryLookup:
     """Make the sources that the settings name.
 
     Args:
@@ -196,16 +196,16 @@ def make_locator(
     else:
         for one in given if isinstance(given, list | tuple) else () if given is None else (given,):
             maker.add(one)
-    return Locator(maker.sources, tuple(maker.headers), maker.bell, maker.limits, faults)
+    return CountryLookup(maker.sources, tuple(maker.headers), maker.answered, maker.limits, faults)
 
 
 class _Maker:
-    """Collects the sources of one locator and what they share."""
+    """Collects the sources of one country_lookup and what they share."""
 
     def __init__(self, trusted_proxies: bool, faults: Faults, limits: Limits) -> None:
         self.sources: list[Source] = []
         self.headers: list[str] = []
-        self.bell = Condition()
+        self.answered = Condition()
         self.limits = limits
         self._trusted_proxies = trusted_proxies
         self._faults = faults
@@ -254,8 +254,8 @@ class _Maker:
 
         self._add_slow(Function(function, self.limits, self._faults))
 
-    def _add_slow(self, source: SlowSource) -> None:
-        self.sources.append(Asker(source, self.bell, self.limits, self._faults))
+    def _add_slow(self, source: BlockingSource) -> None:
+        self.sources.append(BackgroundLookup(source, self.answered, self.limits, self._faults))
 
     def _add_what_is_there(self) -> None:
         try:

@@ -60,4 +60,4 @@ class Source(Protocol):
     is_static: bool
 
     def locate(self, address: str | None, headers: tuple[str, ...], trusted: bool) -> Answer | None:
-        """Answer at once; see `Locator.locate`. What it raises counts as a fault of the source."""
+        """Answer at once; see `CountryLookup.locate`. What it raises is a fault of the source."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flask_usage_metrics.enrich.country.answer import as_answer
-from flask_usage_metrics.enrich.country.asking import Reply
+from flask_usage_metrics.enrich.country.background import Reply
 from flask_usage_metrics.enrich.country.limits import Limits
 from flask_usage_metrics.runtime.faults import Faults
 

@@ -14,7 +14,7 @@ import msgspec
 import requests
 
 from flask_usage_metrics.enrich.country.answer import as_answer
-from flask_usage_metrics.enrich.country.asking import THREAD_NAME, Reply
+from flask_usage_metrics.enrich.country.background import THREAD_NAME, Reply
 from flask_usage_metrics.enrich.country.limits import Limits
 from flask_usage_metrics.records.address import is_global
 from flask_usage_metrics.runtime.faults import Faults

@@ -75,18 +75,18 @@ class VisitorIds:
         if address is None or len(address) > _MAX_ADDRESS:
             return None
         now = self._clock()
-        self._tend(now)
+        self._maintain(now)
         day = int(moment // DAY_SECONDS)
         key = self._keys.get(day) or self._obtain(day, now)
         # Cut before they are keys of the cache, which would keep a megabyte.
         return None if key is None else key(address, user_agent[:_MAX_USER_AGENT], host[:_MAX_HOST])
 
-    def tend(self) -> None:
+    def maintain(self) -> None:
         """Destroy what is due, here and on disk, whoever left it; it never raises."""
-        self._tend(self._clock())
+        self._maintain(self._clock())
 
     def due_in(self) -> float | None:
-        """Return in how many seconds `tend` has something to destroy, >= 0.
+        """Return in how many seconds `maintain` has something to destroy, >= 0.
 
         Returns:
             None if this process holds no key, and none was left that could not be destroyed.
@@ -137,7 +137,7 @@ class VisitorIds:
 
     # ------------------------------------------------------------------------ keys of the past
 
-    def _tend(self, now: float) -> None:
+    def _maintain(self, now: float) -> None:
         # From both sides: a clock that was years ahead must not put this off for years.
         if self._due - DAY_SECONDS <= now < self._due:
             return

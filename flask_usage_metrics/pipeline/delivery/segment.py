@@ -39,16 +39,16 @@ class Segment:
     Attributes:
         path: The file.
         descriptor: Of the file, opened.
-        adopted: Whether another process made it.
+        recovered: Whether another process made it.
         size: Offset of the end of the last frame.
         count: How many records wait.
         ahead: The oldest of them, as far as they were read, each with the offset of its end.
     """
 
-    def __init__(self, path: Path, descriptor: int, *, adopted: bool) -> None:
+    def __init__(self, path: Path, descriptor: int, *, recovered: bool) -> None:
         self.path = path
         self.descriptor = descriptor
-        self.adopted = adopted
+        self.recovered = recovered
         self.size = 0
         self.count = 0
         self.ahead: deque[tuple[int, UsageRecord]] = deque()
@@ -81,7 +81,7 @@ class Segment:
         self.size = HEADER_BYTES
 
     def append(self, frames: Sequence[bytes]) -> None:
-        """Write frames; may leave a part of them behind the end, if it fails."""
+        """Write frames; may release a part of them behind the end, if it fails."""
         data = b"".join(frames)
         _write_all(self.descriptor, data, self.size)
         self.size += len(data)
@@ -150,13 +150,13 @@ def open_new(path: Path) -> Segment:
     Raises:
         OSError: It cannot be made, or exists.
     """
-    return Segment(path, _open(path, os.O_CREAT | os.O_EXCL), adopted=False)
+    return Segment(path, _open(path, os.O_CREAT | os.O_EXCL), recovered=False)
 
 
 def take_over(path: Path) -> Segment | None:
     """Open and lock a file that a dead process left; return None if it is not such a file."""
     try:
-        segment = Segment(path, _open(path, 0), adopted=True)
+        segment = Segment(path, _open(path, 0), recovered=True)
     except OSError:
         return None
     if segment.is_ours() and segment.lock():

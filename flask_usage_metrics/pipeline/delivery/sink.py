@@ -1,4 +1,4 @@
-"""From the pipeline into one storage: batches, retries, and an account of every record."""
+"""From the pipeline into one storage: batches, retries, and an counters of every record."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from math import inf
 from time import monotonic
 
 from flask_usage_metrics.errors import RecordsRejected, StorageUnavailable
-from flask_usage_metrics.metrics.sink_counts import Account
-from flask_usage_metrics.pipeline.delivery.backlog import Backlog
+from flask_usage_metrics.metrics.sink_counters import SinkCounters
+from flask_usage_metrics.pipeline.delivery.queue import SinkQueue
 from flask_usage_metrics.pipeline.delivery.spool import Spool
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
@@ -21,12 +21,13 @@ BATCH_RECORDS = 512
 """Records of one write: what SQLite takes in one statement; more are hardly faster."""
 
 ATTEMPTS = 5
-"""How often a batch is offered whose failure says nothing of its kind, before it is taken apart."""
+"""Attempts before a batch that keeps failing with an unknown exception is split to isolate the bad
+record."""
 
-ADOPT_SECONDS = 5.0
+RECOVER_SECONDS = 5.0
 """How often it is looked for what dead processes left on disk, while the thread lives."""
 
-TEND_SECONDS = 5.0
+MAINTAIN_SECONDS = 5.0
 """How long the thread has lived when the storage is tended for the first time: a process that is
 over soon leaves it to others."""
 
@@ -39,11 +40,11 @@ class Sink:
     """Takes records, and writes them to a storage from a thread of its own.
 
     So a storage that blocks or fails delays neither a request nor another storage. A record stays
-    in the backlog until it is decided what became of it.
+    in the queue until it is acked.
 
     Args:
         storage: Where records go.
-        account: Where it is counted what became of them.
+        counters: Where it is counted what became of them.
         capacity: How many records may wait in memory.
         idle_seconds: How long the thread waits for records before it ends.
         faults: Where failures are reported.
@@ -57,7 +58,7 @@ class Sink:
     def __init__(
         self,
         storage: Writer,
-        account: Account,
+        counters: SinkCounters,
         *,
         capacity: int,
         idle_seconds: float,
@@ -68,9 +69,9 @@ class Sink:
         self.storage = storage
         self._keep = keep
         self._idle_seconds = idle_seconds
-        self._account = account
+        self._counters = counters
         self._faults = faults
-        self._backlog = Backlog(account, capacity, spool, faults)
+        self._queue = SinkQueue(counters, capacity, spool, faults)
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -79,8 +80,8 @@ class Sink:
         self._hurry = threading.Event()
         self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._adopt_at = 0.0
-        self._tend_at = inf
+        self._recover_at = 0.0
+        self._maintain_at = inf
         self._is_closed = False
         # Not the module's own generator: an app that seeded it must not see it move.
         self._random = random.Random()
@@ -88,33 +89,33 @@ class Sink:
     @property
     def name(self) -> str:
         """Value of the label ``sink``."""
-        return self._account.sink
+        return self._counters.sink
 
     @property
-    def adopted(self) -> int:
+    def recovered(self) -> int:
         """How many records of dead processes came to be pending here, and then what they were."""
-        return self._backlog.adopted
+        return self._queue.recovered
 
     def attach(self, spool: Spool | None) -> None:
         """Take the place where records may wait on disk, at the first request of the process."""
         with self._changed:
-            self._backlog.attach(spool)
+            self._queue.attach(spool)
 
     def pending(self) -> int:
-        """Return how many records are not decided."""
-        return self._backlog.pending()
+        """Return how many records are not acked."""
+        return self._queue.pending()
 
     def received(self) -> int:
         """Return how many records were ever `put`."""
-        return self._backlog.received
+        return self._queue.received
 
-    def settled(self) -> int:
+    def durable(self) -> int:
         """Return how many of all records ever `put`, the first ones, need nobody to keep them.
 
-        Each of these is decided, or is on disk.
+        Each of these is acked, or is on disk.
         """
         with self._changed:
-            return self._backlog.settled()
+            return self._queue.durable()
 
     def put(self, records: Sequence[UsageRecord], *, dropped: int, failed: int) -> None:
         """Take records; those there is no room for are dropped and counted.
@@ -126,30 +127,30 @@ class Sink:
         """
         with self._changed:
             self._is_closed = False
-            self._account.add(dropped=dropped, failed=failed)
-            self._backlog.put(records)
-            if self._adopt_at == inf:
-                self._adopt_at = 0.0
+            self._counters.add(dropped=dropped, failed=failed)
+            self._queue.put(records)
+            if self._recover_at == inf:
+                self._recover_at = 0.0
             self._changed.notify_all()
         if records:
             self.start()
 
     def flush(self, deadline: float) -> bool:
-        """Wait until what was taken so far is decided, and the storage holds nothing back.
+        """Wait until what was taken so far is acked, and the storage holds nothing back.
 
         Args:
             deadline: Moment of the monotonic clock to stop waiting at.
 
         Returns:
-            Whether all was decided in time.
+            Whether all was acked in time.
         """
         self._hurry.set()
-        if self._backlog.waits() and not self.start():
+        if self._queue.waits() and not self.start():
             self._write_here(deadline)
         with self._changed:
-            target = self._backlog.taken
+            target = self._queue.taken
             if not self._changed.wait_for(
-                lambda: self._backlog.decided() >= target, max(deadline - monotonic(), 0)
+                lambda: self._queue.acked() >= target, max(deadline - monotonic(), 0)
             ):
                 return False
         if not self._writing.acquire(timeout=max(deadline - monotonic(), 0)):
@@ -175,7 +176,7 @@ class Sink:
         # In time for an end even if the disk hangs.
         if self._changed.acquire(timeout=_CLOSE_SECONDS):
             try:
-                self._backlog.spill(again=True)
+                self._queue.spill(again=True)
             finally:
                 self._changed.release()
         if self._writing.acquire(blocking=False):
@@ -185,15 +186,15 @@ class Sink:
                 self._report(error, "it was not closed")
             finally:
                 with self._changed:
-                    self._backlog.leave()
-                    self._adopt_at = inf
+                    self._queue.release()
+                    self._recover_at = inf
                 self._writing.release()
-        return self._backlog.in_memory()
+        return self._queue.in_memory()
 
     def reset_after_fork(self) -> None:
         """Forget what the parent process will write."""
         self._start_anew()
-        self._backlog.reset_after_fork()
+        self._queue.reset_after_fork()
         self.storage.reset_after_fork()
 
     # ------------------------------------------------------------------------ the thread
@@ -226,7 +227,7 @@ class Sink:
     def _run(self) -> None:
         pause = 0.0
         attempt = 0
-        self._tend_at = monotonic() + TEND_SECONDS
+        self._maintain_at = monotonic() + MAINTAIN_SECONDS
         while self._wait():
             if self._write_batch(last_attempt=attempt >= ATTEMPTS - 1):
                 pause, attempt = 0.0, 0
@@ -240,62 +241,62 @@ class Sink:
         """Wait for records, of this process or a dead one; return False to end the thread."""
         until = monotonic() + self._idle_seconds
         while True:
-            self.adopt()
-            self._tend()
+            self.recover()
+            self._maintain()
             with self._changed:
-                due = until if self._is_closed else min(until, self._tend_at)
-                seconds = min(max(due - monotonic(), 0), ADOPT_SECONDS)
-                if self._changed.wait_for(self._backlog.waits, seconds):
+                due = until if self._is_closed else min(until, self._maintain_at)
+                seconds = min(max(due - monotonic(), 0), RECOVER_SECONDS)
+                if self._changed.wait_for(self._queue.waits, seconds):
                     return True
                 if monotonic() >= until:
                     self._thread = None
                     return False
 
-    def adopt(self) -> None:
+    def recover(self) -> None:
         """Take over what dead processes left, unless that was tried a moment ago."""
-        if monotonic() < self._adopt_at:
+        if monotonic() < self._recover_at:
             return
         with self._writing, self._changed:
-            if monotonic() >= self._adopt_at:
-                self._adopt_at = monotonic() + ADOPT_SECONDS
-                self._backlog.adopt()
+            if monotonic() >= self._recover_at:
+                self._recover_at = monotonic() + RECOVER_SECONDS
+                self._queue.recover()
 
-    def _tend(self) -> None:
+    def _maintain(self) -> None:
         """Have the storage do a small piece of its upkeep, if it is time for some.
 
         A storage that was closed is left alone until there are records again.
         """
-        if self._is_closed or monotonic() < self._tend_at:
+        if self._is_closed or monotonic() < self._maintain_at:
             return
         seconds = _LONGEST_PAUSE_SECONDS
         with self._writing:
             try:
-                seconds = self.storage.tend(self._keep, datetime.now(timezone.utc))
+                seconds = self.storage.maintain(self._keep, datetime.now(timezone.utc))
             except StorageUnavailable:
                 pass  # as whoever writes will notice, and say
             except Exception as error:  # noqa: BLE001 - it is the storage's, and may be anybody's
                 self._report(error, "its upkeep waits")
-        self._tend_at = monotonic() + seconds
+        self._maintain_at = monotonic() + seconds
 
     def _write_here(self, deadline: float) -> None:
         for attempt in range(ATTEMPTS):
-            while self._backlog.waits() and monotonic() < deadline:
+            while self._queue.waits() and monotonic() < deadline:
                 if not self._write_batch(last_attempt=attempt == ATTEMPTS - 1):
                     break
 
     # ------------------------------------------------------------------------ writing
 
     def _write_batch(self, *, last_attempt: bool) -> bool:
-        """Offer the oldest records to the storage; return whether anything was decided."""
+        """Offer the oldest records to the storage; return whether anything was acked."""
         with self._writing:
             with self._changed:
-                batch = self._backlog.offer(BATCH_RECORDS)
+                batch = self._queue.peek(BATCH_RECORDS)
             try:
                 return self._offer_all(batch, last_attempt=last_attempt) if batch else True
             finally:
-                if self._backlog.offered:
+                if self._queue.in_flight:
                     with self._changed:
-                        self._backlog.withdraw()
+                        self._queue.nack()
                         self._changed.notify_all()
 
     def _offer_all(self, batch: Sequence[UsageRecord], *, last_attempt: bool) -> bool:
@@ -305,12 +306,12 @@ class Sink:
             self._outage(error)
             return False
         except BaseException as error:  # noqa: BLE001 - a storage must not end its thread
-            self._failed(error, "the batch is offered again")
+            self._failed(error, "the batch is tried again")
             return self._take_apart(batch) if last_attempt else False
         return True
 
     def _offer(self, batch: Sequence[UsageRecord]) -> None:
-        """Write the oldest records; they are decided unless this raises."""
+        """Write the oldest records; they are acked unless this raises."""
         try:
             self.storage.write(batch)
         except RecordsRejected as error:
@@ -318,12 +319,12 @@ class Sink:
             kept = [record for position, record in enumerate(batch) if position not in refused]
             self._report(error, "records were not written", kind=error.reason)
             self.storage.call_hooks(kept, self._hook_failed)
-            self._decide(written=len(kept), failed=len(batch) - len(kept))
+            self._ack(written=len(kept), failed=len(batch) - len(kept))
             self.up = bool(kept)
         else:
-            # Before it is decided: a kill meanwhile has the batch written, and these called, again.
+            # Before it is acked: a kill meanwhile has the batch written, and these called, again.
             self.storage.call_hooks(batch, self._hook_failed)
-            self._decide(written=len(batch), failed=0)
+            self._ack(written=len(batch), failed=0)
             self.up = True
 
     def _take_apart(self, batch: Sequence[UsageRecord]) -> bool:
@@ -340,21 +341,21 @@ class Sink:
             except BaseException as error:  # noqa: BLE001 - a storage must not end its thread
                 if len(half) == 1:
                     self._failed(error, "a record was not written")
-                    self._decide(written=0, failed=1)
+                    self._ack(written=0, failed=1)
                 elif not self._take_apart(half):
                     return False
         return True
 
-    def _decide(self, written: int, failed: int) -> None:
+    def _ack(self, written: int, failed: int) -> None:
         with self._changed:
-            self._backlog.decide(written, failed)
+            self._queue.ack(written, failed)
             self._changed.notify_all()
 
     def _outage(self, error: BaseException) -> None:
         # Not the records' fault: they wait until it is over, or there is no more room.
         self._failed(error, "its records wait")
         with self._changed:
-            self._backlog.spill()
+            self._queue.spill()
 
     def _failed(self, error: BaseException, consequence: str) -> None:
         self.up = False

@@ -24,7 +24,7 @@ from flask_usage_metrics.records.record import UsageRecord
 _SEGMENTS = 16
 _SEGMENT_BYTES = 64 * 1024 * 1024
 _HELD_SEGMENTS = 64
-"""More files than this are not adopted before some are done with: each is an open descriptor."""
+"""More files than this are not recovered before some are done with: each is an open descriptor."""
 
 _NAME = re.compile(r"[0-9]{20}-[0-9a-f]{8}\.spool")
 
@@ -33,7 +33,7 @@ class Spool:
     """A queue of records in files of one folder; for one caller at a time.
 
     Each process appends to files of its own, and holds an exclusive ``flock`` on each. However a
-    process ends, the kernel gives its locks back, which tells the others what they may adopt.
+    process ends, the kernel gives its locks back, which tells the others what they may recover.
 
     Nothing is synced to the disk: a crash of the process loses nothing, one of the machine may.
     What was advanced past is noted in the file; after a crash at worst a few come twice.
@@ -41,8 +41,8 @@ class Spool:
     Args:
         folder: Where the files are: of this queue alone, and of nobody but this user, which is
             not checked here. It is made by the first `append`; nothing is touched before that or
-            the first `adopt`.
-        max_bytes: Size of all files that this process made or adopted, at most; what is given to
+            the first `recover`.
+        max_bytes: Size of all files that this process made or recovered, at most; what is given to
             one `append` comes on top for a moment.
 
     Attributes:
@@ -67,7 +67,7 @@ class Spool:
         return sum([segment.count for segment in self._segments])
 
     def close(self) -> None:
-        """Leave what waits to whoever adopts it next."""
+        """Leave what waits to whoever recovers it next."""
         for segment in (*self._segments, *self._stuck):
             segment.close()
         self._segments, self._stuck = [], []
@@ -142,7 +142,7 @@ class Spool:
 
     def _own_tail(self) -> Segment | None:
         tail = self._segments[-1] if self._segments else None
-        return None if tail is None or tail.adopted else tail
+        return None if tail is None or tail.recovered else tail
 
     def _segment_for(self, frame: bytes) -> Segment:
         tail = self._own_tail()
@@ -188,7 +188,7 @@ class Spool:
         """Take out the oldest records, which there must be so many of."""
         while count:
             segment = self._segments[0]
-            # They were peeked at, unless they were offered from memory and came here meanwhile.
+            # They were peeked at, unless they were in_flight from memory and came here meanwhile.
             lost = self._read_ahead(segment, count)
             passed = min(count, segment.count)
             segment.advance(passed)
@@ -217,14 +217,14 @@ class Spool:
         try:
             segment.path.unlink(missing_ok=True)
         except OSError:
-            # Kept open, and so locked: it would be adopted, and written, over and over again.
+            # Kept open, and so locked: it would be recovered, and written, over and over again.
             self._stuck.append(segment)
         else:
             segment.close()
 
     # ------------------------------------------------------------------------ what others left
 
-    def adopt(self) -> int:
+    def recover(self) -> int:
         """Take over, in front of all own records, what dead processes left.
 
         As much as there is room for below the bound, but one file at least if nothing waits.
@@ -257,9 +257,9 @@ class Spool:
             self.damaged += not segment.survey()
             came.append(segment)
             size += segment.size
-        adopted = [segment for segment in self._segments if segment.adopted]
-        own = self._segments[len(adopted) :]
-        self._segments = sorted([*adopted, *came], key=lambda segment: segment.path.name) + own
+        recovered = [segment for segment in self._segments if segment.recovered]
+        own = self._segments[len(recovered) :]
+        self._segments = sorted([*recovered, *came], key=lambda segment: segment.path.name) + own
         for segment in came:
             if not segment.count:
                 self._remove(segment)

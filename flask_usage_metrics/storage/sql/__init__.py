@@ -178,9 +178,9 @@ class SQLStorage(Storage):
             mark_late(self._sums, connection, moments, datetime.now(timezone.utc))
 
         self.database.run(insert, create=True, absent=None)
-        if dialect.is_overflowing():
+        if dialect.needs_checkpoint():
             with suppress(StorageError):
-                self.database.run(dialect.relieve, create=False, absent=None)
+                self.database.run(dialect.checkpoint, create=False, absent=None)
 
     def select(self, wanted: Filter, order: Order, limit: int | None) -> Iterator[UsageRecord]:
         """Yield the wanted records by (started_at, id), page by page; no transaction stays open.
@@ -299,8 +299,8 @@ class SQLStorage(Storage):
 
     # -- upkeep ---------------------------------------------------------------------------------
 
-    def tend(self, keep: timedelta | None, now: datetime) -> float:
-        """Roll up an hour that is over, or prune some old records; see `Writer.tend`.
+    def maintain(self, keep: timedelta | None, now: datetime) -> float:
+        """Roll up an hour that is over, or prune some old records; see `Writer.maintain`.
 
         One process at a time does so; the others come back later.
         """

@@ -16,7 +16,7 @@ from sqlalchemy.dialects import mysql
 
 from flask_usage_metrics.records.query import as_utc
 from flask_usage_metrics.records.record import UsageRecord
-from flask_usage_metrics.runtime.gil import Pacer
+from flask_usage_metrics.runtime.gil import GilYielder
 
 to_json = msgspec.json.Encoder().encode
 _from_json = msgspec.json.Decoder().decode
@@ -173,7 +173,7 @@ def to_columns(batch: Sequence[UsageRecord]) -> Columns:
         ValueError: A value cannot be kept.
         TypeError: Likewise.
     """
-    pacer = Pacer()
+    pacer = GilYielder()
     flat: list[Any] = []
     for step in pacer.steps(batch, _STEP):
         for record in step:

@@ -232,11 +232,11 @@ class Dialect(ABC):
         """
         return connection.execute(sa.delete(table).where(condition)).rowcount
 
-    def is_overflowing(self) -> bool:
-        """Tell, after a write, whether `relieve` is due."""
+    def needs_checkpoint(self) -> bool:
+        """Tell, after a write, whether `checkpoint` is due."""
         return False
 
-    def relieve(self, connection: sa.Connection) -> None:  # noqa: B027 - there may be nothing to do
+    def checkpoint(self, connection: sa.Connection) -> None:  # noqa: B027 - there may be nothing to do
         """Give back room that is not needed any more, without waiting long; best effort."""
 
     def deleted(self, connection: sa.Connection) -> None:  # noqa: B027 - there may be nothing to do

@@ -265,7 +265,7 @@ class SQLite(Dialect):
             setting = ("OFF", "ON", "FAST")[before]
             connection.exec_driver_sql(f"PRAGMA secure_delete={setting}").close()
 
-    def is_overflowing(self) -> bool:
+    def needs_checkpoint(self) -> bool:
         """Look at the size of the log now and then.
 
         Readers that take turns without a pause keep SQLite from beginning it anew: 0.9 GB seen.
@@ -279,7 +279,7 @@ class SQLite(Dialect):
         except FileNotFoundError:
             return False
 
-    def relieve(self, connection: sa.Connection) -> None:
+    def checkpoint(self, connection: sa.Connection) -> None:
         """Empty the log: new readers do without it, and the old ones are waited for."""
         before = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
         connection.exec_driver_sql(f"PRAGMA busy_timeout={_RELIEF_MS}").close()

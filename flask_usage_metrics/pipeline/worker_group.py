@@ -1,4 +1,4 @@
-"""This process among its siblings: its generation, its journal, and what the dead have left."""
+"""This process among its siblings: its run, its journal, and what the dead have left."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from flask_usage_metrics.pipeline.journal import JournalFile
 from flask_usage_metrics.records.observation import Origin
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.state_dir import (
-    Generation,
+    ServerRun,
     State,
     StateUnavailable,
-    dead_generations,
+    dead_runs,
     digest,
     process_key,
-    remove_generation,
+    remove_run,
     siblings_key,
 )
 
@@ -27,7 +27,7 @@ _SIBLINGS_SECONDS = 0.5
 _DEAD_SECONDS = 60.0
 
 
-class Membership:
+class WorkerGroup:
     """What one app in one process shares with its siblings, from its first request on.
 
     Args:
@@ -55,7 +55,7 @@ class Membership:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._generation: Generation | None = None
+        self._server_run: ServerRun | None = None
         self._siblings_due = self._dead_due = 0.0
 
     def begin(self, origin: Origin, *, multiprocess: bool) -> JournalFile | None:
@@ -71,71 +71,71 @@ class Membership:
                 raise StateUnavailable("none is configured")
             home = self._state.home()
             if multiprocess:
-                generation = Generation(home, f"{siblings_key()} {shape}", os.getppid())
+                run = ServerRun(home, f"{siblings_key()} {shape}", os.getppid())
             else:
-                generation = Generation(home, f"{process_key()} {shape}", os.getpid())
-            generation.join()
-            self._generation = generation
+                run = ServerRun(home, f"{process_key()} {shape}", os.getpid())
+            run.join()
+            self._server_run = run
             if multiprocess:
-                self._totals.share(generation.folder / "totals.sqlite3")
+                self._totals.share(run.folder / "totals.sqlite3")
         except (OSError, StateUnavailable) as error:
             self._complain(error)
             if multiprocess:
                 self._totals.stay_alone()
             return None
         try:
-            return JournalFile.create(generation.folder, origin)
+            return JournalFile.create(run.folder, origin)
         except OSError as error:
             self._complain(error)
             return None
 
     def spool(self, sink: str) -> Spool | None:
         """Return the place on disk for what a sink cannot write now; None if there is none."""
-        if self._generation is None:
+        if self._server_run is None:
             return None
-        # Of the app rather than of the generation: a storage may be down for longer than that.
+        # Of the app rather than of the run: a storage may be down for longer than that.
         name = digest(f"{self.app} {sink}")
-        return Spool(self._generation.folder.parent / f"spool-{name}", self._spool_bytes)
+        return Spool(self._server_run.folder.parent / f"spool-{name}", self._spool_bytes)
 
     def leftovers(self) -> Iterator[JournalFile]:
-        """Yield the journals of dead siblings and of dead generations, now in our care.
+        """Yield the journals of dead siblings and of dead server runs, now in our care.
 
         Looks often for siblings and rarely for others; yields nothing in between.
         """
-        if self._generation is None or self._state is None:
+        if self._server_run is None or self._state is None:
             return
         now = monotonic()
         if now >= self._siblings_due:
             self._siblings_due = now + _SIBLINGS_SECONDS
-            yield from self._adopt(self._generation.folder)
+            yield from self._recover(self._server_run.folder)
         if now >= self._dead_due:
             self._dead_due = now + _DEAD_SECONDS
-            for folder in list(dead_generations(self._state.homes(), self._generation.folder)):
-                yield from self._adopt(folder)
-                remove_generation(folder)
+            for folder in list(dead_runs(self._state.homes(), self._server_run.folder)):
+                yield from self._recover(folder)
+                remove_run(folder)
 
     def end(self) -> None:
         """Be no member any more, and remove what nobody needs."""
-        if self._generation is not None:
-            self._generation.end()
+        if self._server_run is not None:
+            self._server_run.end()
         self._start_anew()
 
     def forget(self, file: JournalFile) -> None:
-        """Remove a journal in which all is settled, and its generation if that was the last."""
+        """Remove a journal in which all is durable, and its run if that was the last."""
         self._totals.forget(file)
         file.close(remove=True)
-        if self._generation is None or file.folder != self._generation.folder:
-            remove_generation(file.folder)
+        if self._server_run is None or file.folder != self._server_run.folder:
+            remove_run(file.folder)
 
     def reset_after_fork(self) -> None:
         """Leave what the parent process is a member of to the parent."""
-        if self._generation is not None:
-            self._generation.leave()
+        if self._server_run is not None:
+            self._server_run.release()
         self._start_anew()
 
-    def _adopt(self, folder: Path) -> Iterator[JournalFile]:
+    def _recover(self, folder: Path) -> Iterator[JournalFile]:
         for path in sorted(folder.glob("*.journal")):
-            file = JournalFile.adopt(path, self.app)
+            file = JournalFile.recover(path, self.app)
             if file is not None:
                 yield file
 

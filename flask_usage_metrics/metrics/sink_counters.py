@@ -1,9 +1,9 @@
-"""An account of every record that is handed to a sink."""
+"""Counters of every record that is handed to a sink."""
 
 from __future__ import annotations
 
 
-class Account:
+class SinkCounters:
     """What became of the records handed to one sink; each record is in one count at most.
 
     Attributes:

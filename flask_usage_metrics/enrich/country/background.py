@@ -32,7 +32,7 @@ class Reply(msgspec.Struct, frozen=True):
     ip_info: bytes | None = None
 
 
-class SlowSource(Protocol):
+class BlockingSource(Protocol):
     """A source that may block."""
 
     @property
@@ -46,31 +46,33 @@ class SlowSource(Protocol):
         """Hand out what asks, for one thread."""
 
 
-class Asker:
+class BackgroundLookup:
     """A `Source` that answers None while its slow source is being asked.
 
     `locate` is called by one thread at a time; the asking thread shares the condition with it.
 
     Args:
         source: Whom to ask.
-        bell: Rung when an answer arrived; guards all that is shared.
+        answered: Rung when an answer arrived; guards all that is shared.
         limits: How many, how long.
         faults: Where failures are reported.
     """
 
     is_static = False
 
-    def __init__(self, source: SlowSource, bell: Condition, limits: Limits, faults: Faults) -> None:
+    def __init__(
+        self, source: BlockingSource, answered: Condition, limits: Limits, faults: Faults
+    ) -> None:
         self.is_local = source.is_local
         self.arrived = 0
         self._source = source
         self._limits = limits
         self._faults = faults
-        self.reset_after_fork(bell)
+        self.reset_after_fork(answered)
 
-    def reset_after_fork(self, bell: Condition) -> None:
+    def reset_after_fork(self, answered: Condition) -> None:
         """Forget thread, questions and answers, which may be half-way in another's hands."""
-        self._bell = bell
+        self._answered = answered
         self._kept: dict[str, tuple[float, Reply]] = {}
         self._kept_bytes = 0
         self._deadlines: dict[str, float] = {}
@@ -84,7 +86,7 @@ class Asker:
         if address is None:
             return UNKNOWN
         now = self._limits.clock()
-        with self._bell:
+        with self._answered:
             reply = self._find(address, now)
             deadline = self._deadlines.get(address)
             late = reply is None and deadline is not None and now >= deadline
@@ -103,7 +105,7 @@ class Asker:
         return UNKNOWN
 
     def next_deadline(self) -> float | None:
-        """Return when the first question under way is given up; None without one. Hold the bell."""
+        """Return when the first question under way is given up; None without one. Hold the lock."""
         now = self._limits.clock()
         return min((moment for moment in self._deadlines.values() if moment > now), default=None)
 
@@ -112,9 +114,9 @@ class Asker:
         thread, self._thread = self._thread, None
         self._questions.put(None)
         self._questions = SimpleQueue()
-        with self._bell:
+        with self._answered:
             self._deadlines.clear()
-            self._bell.notify_all()
+            self._answered.notify_all()
         if thread is not None:
             thread.join(1.0)
 
@@ -134,7 +136,7 @@ class Asker:
         if not self._source.accepts(address):
             return UNKNOWN
         self._ensure_thread(now)
-        with self._bell:
+        with self._answered:
             full = len(self._deadlines) >= self._limits.questions
             if not full:
                 self._deadlines[address] = now + self._limits.deadline_seconds
@@ -175,18 +177,18 @@ class Asker:
                 except BaseException as error:  # noqa: BLE001 - the app's, which may even exit()
                     self._faults.report("country", error, "a country is unknown")
                     reply = Reply(None, self._limits.keep_raised_seconds)
-                self._settle(address, reply)
+                self._take(address, reply)
                 if self._thread is not current_thread():
                     return  # left behind or closed; another one asks, if any
                 self._asking_since = None
 
-    def _settle(self, address: str, reply: Reply | None) -> None:
-        with self._bell:
+    def _take(self, address: str, reply: Reply | None) -> None:
+        with self._answered:
             self._deadlines.pop(address, None)
             if reply is not None:
                 self._keep(address, reply)
             self.arrived += 1
-            self._bell.notify_all()
+            self._answered.notify_all()
 
     def _keep(self, address: str, reply: Reply) -> None:
         limits = self._limits
