@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from front_door import Site, sites
+from helpers.front_door import Site, sites
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import requests
-from front_door import samples
-from gunicorn_server import Gunicorn
+from helpers.front_door import samples
+from helpers.gunicorn_server import Gunicorn
 
 OPTIONS = ("-w", "4", "--threads", "2", "--graceful-timeout", "10")
 COUNTERS = (

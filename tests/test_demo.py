@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
-from gunicorn_server import Gunicorn, until
+from helpers.gunicorn_server import Gunicorn, until
 
 from flask_usage_metrics import UsageRecord, demo
 from flask_usage_metrics.storage import open_storage

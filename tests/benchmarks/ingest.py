@@ -29,8 +29,8 @@ from statistics import median
 
 import msgspec
 import pytest
-import sql_servers
-from records import make_record
+from helpers import databases
+from helpers.records import make_record
 
 from flask_usage_metrics.pipeline.delivery.sink import BATCH_RECORDS
 from flask_usage_metrics.records.record import UsageRecord
@@ -41,7 +41,7 @@ from .report import Figure
 from .variants import USER_AGENTS
 
 FLOOR = "sqlite3.executemany"
-SERVERS = {"PostgreSQL": sql_servers.PostgreSQL, "MariaDB": sql_servers.MariaDB}
+SERVERS = {"PostgreSQL": databases.PostgreSQL, "MariaDB": databases.MariaDB}
 AT_ONCE = 4096
 """Records of a write that only fills a table."""
 
@@ -256,7 +256,7 @@ def ours(who: str, url: str, size: int) -> Iterator[Contender]:
 
 
 @contextmanager
-def started(kind: str, part: str) -> Iterator[sql_servers.Server]:
+def started(kind: str, part: str) -> Iterator[databases.Server]:
     """Start a database server.
 
     Raises:

@@ -43,7 +43,7 @@ from flask_usage_metrics.metrics.names import DURATION, REQUEST_LABELS, REQUESTS
 # To be run by itself, too.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from records import make_record
+from helpers.records import make_record
 
 from .report import Figure, table
 

@@ -44,8 +44,8 @@ from prometheus_client.parser import text_string_to_metric_families
 # The tests' own servers, which find each other by their bare names.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import sql_servers
-from gunicorn_server import Gunicorn
+from helpers import databases
+from helpers.gunicorn_server import Gunicorn
 
 from flask_usage_metrics.storage.sql import SQLStorage
 
@@ -165,14 +165,14 @@ def measure(quick: bool) -> list[Figure]:
     ]
 
 
-def postgresql() -> sql_servers.PostgreSQL:
+def postgresql() -> databases.PostgreSQL:
     # The tests' own way to say so would skip a test.
     if not (shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb"))):
         raise SystemExit("servers: initdb is missing (apt install postgresql)")
-    return sql_servers.PostgreSQL()
+    return databases.PostgreSQL()
 
 
-def run(name: str, server: sql_servers.PostgreSQL, *, seconds: int, warm_up: bool) -> Run:
+def run(name: str, server: databases.PostgreSQL, *, seconds: int, warm_up: bool) -> Run:
     """Put a contender under both loads, in a process and a folder of its own."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))

@@ -1,0 +1,224 @@
+"""What is remembered to make records cheaply changes none of them, and stays small."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import pytest
+from flask import g
+from helpers.front_door import Site
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from werkzeug.test import EnvironBuilder, run_wsgi_app
+
+from flask_usage_metrics import UsageRecord
+from flask_usage_metrics.records.observation import (
+    ENVIRON_KEYS,
+    MAX_ENVIRON_CHARACTERS,
+    environ_texts,
+)
+from flask_usage_metrics.storage import Writer
+
+Make = Callable[..., Site]
+
+TOKEN = "n3VQh7Zk2LxP9sTf4RmYw8Bc6D"
+
+
+# ------------------------------------------------------------------------ what is captured
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from((*ENVIRON_KEYS, "HTTP_CF_IPCOUNTRY", "HTTP_COOKIE", "wsgi.version")),
+        st.one_of(st.text(max_size=20), st.integers(), st.none()),
+    )
+)
+def test_texts_are_those_of_the_keys_in_their_order(environ: dict[str, Any]) -> None:
+    texts = environ_texts(environ, ("HTTP_CF_IPCOUNTRY",))
+    keys = (*ENVIRON_KEYS, "HTTP_CF_IPCOUNTRY")
+    assert texts == tuple(str(environ.get(key, "")) for key in keys)
+
+
+@pytest.mark.parametrize("missing", [None, "REMOTE_ADDR"])
+@pytest.mark.parametrize("key", ["HTTP_USER_AGENT", "QUERY_STRING", "HTTP_CF_IPCOUNTRY"])
+def test_large_texts_are_cut_together(key: str, missing: str | None) -> None:
+    environ = EnvironBuilder("/").get_environ() | {"REMOTE_ADDR": "::1"}
+    environ.pop(missing, None)
+    for size, kept in ((MAX_ENVIRON_CHARACTERS // 2, None), (MAX_ENVIRON_CHARACTERS, 2048)):
+        texts = environ_texts(environ | {key: "x" * size}, ("HTTP_CF_IPCOUNTRY",))
+        assert max(map(len, texts)) == (kept or size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_over"),
+    [
+        ("Content-Length", "5", True),
+        ("content-length", "5", True),
+        ("CONTENT-LENGTH", "5", True),
+        ("Content-Length", "five", False),
+        ("Content-Length", "6", False),
+        ("X-Length-Sent", "5", False),
+    ],
+)
+def test_a_body_is_over_when_as_much_is_sent_as_was_said(
+    make_site: Make, name: str, value: str, is_over: bool
+) -> None:
+    site = make_site()
+    site.app.add_url_rule("/", "index", lambda: "x")
+
+    def answer(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [("Content-Type", "text/plain"), (name, value)])
+        return iter([b"he", b"llo"])
+
+    site.app.extensions["track_usage"].capture._wsgi_app = answer
+    environ = EnvironBuilder("/").get_environ()
+    body = site.app.wsgi_app(environ, lambda status, headers, exc_info=None: len)
+    chunks = iter(body)
+    assert [next(chunks), next(chunks)] == [b"he", b"llo"]
+    # Neither the end of the body was met nor was it closed.
+    assert len(site.records()) == is_over
+    body.close()  # type: ignore[attr-defined]
+    assert site.only_record().bytes_sent == 5
+
+
+# ------------------------------------------------------------------------ what is remembered
+
+
+def test_what_is_remembered_of_one_request_is_right_for_the_next(make_site: Make) -> None:
+    site = make_site(TRUSTED_PROXIES="203.0.113.0/24", COUNTRY=None, RESPECT_GPC=True)
+    site.app.add_url_rule("/<name>", "page", lambda name: name)
+    site.app.add_url_rule("/<name>", "post", lambda name: name, methods=["POST"])
+    agents = [
+        "curl/8.5.0",
+        "Mozilla/5.0 (X11; Linux x86_64; rv:130.0) Gecko/20100101 Firefox/130.0",
+    ]
+    asked = [
+        (method, f"/{name}?{query}", agent, address, referrer, refuses)
+        for method in ("GET", "POST")
+        for name in ("ann", "bob")
+        for query in ("", "page=2", f"token={TOKEN}")
+        for agent in agents
+        for address in ("198.51.100.7", "2001:db8::1")
+        for referrer in ("", "https://example.org/a?b=c")
+        for refuses in ("", "1")
+    ]
+    for _ in range(2):  # the second time all is remembered
+        for method, path, agent, address, referrer, refuses in asked:
+            headers = {"User-Agent": agent, "X-Forwarded-For": address}
+            headers |= {"Referer": referrer} if referrer else {}
+            headers |= {"Sec-GPC": refuses} if refuses else {}
+            site.request(path, method=method, headers=headers)
+    records = site.records()
+    assert len(records) == 2 * len(asked)
+    for number, record in enumerate(records):
+        method, path, agent, address, referrer, refuses = asked[number % len(asked)]
+        name, query = path[1:].split("?")
+        assert (record.method, record.path, record.rule) == (method, f"/{name}", "/<name>")
+        assert record.endpoint == ("page" if method == "GET" else "post")
+        assert record.query == query.replace(TOKEN, "REDACTED")
+        assert record.view_args == {"name": name}
+        assert record.remote_addr == (None if refuses else address)
+        assert record.user_agent == (None if refuses else agent)
+        assert record.browser == ("Firefox" if agent is agents[1] else None)
+        assert record.client == ("human" if agent is agents[1] else "script")
+        assert record.referrer == ("https://example.org/a" if referrer else None)
+    assert len({record.id for record in records}) == len(records)
+
+
+class Spoiler(Writer):
+    """Changes what it is handed, as nobody should."""
+
+    name = "spoiler"
+
+    def set_up(self) -> None:
+        self.seen: list[tuple[Any, Any]] = []
+
+    def write(self, batch: Sequence[UsageRecord]) -> None:
+        for record in batch:
+            self.seen.append(deepcopy((record.view_args, record.track_var)))
+            for values in (record.view_args, record.track_var):
+                assert values is not None
+                values["name"] = "somebody else"
+                values.get("tags", []).append("spoiled")
+
+
+@pytest.mark.parametrize("more", [{}, {"tags": ["a"]}])
+def test_records_of_the_same_target_share_nothing_that_can_be_changed(
+    make_site: Make, more: dict[str, Any]
+) -> None:
+    spoiler = Spoiler()
+    site = make_site([spoiler])
+
+    @site.app.url_value_preprocessor
+    def add(_endpoint: str | None, values: dict[str, Any] | None) -> None:
+        if values is not None:
+            values.update(deepcopy(more))
+
+    @site.app.get("/<name>")
+    def page(name: str, **_: object) -> str:
+        g.track_var["name"] = name
+        return name
+
+    for _ in range(3):
+        site.get("/ann")
+        assert site.usage.flush()
+    assert spoiler.seen == [({"name": "ann"} | more, {"name": "ann"})] * 3
+
+
+@pytest.mark.parametrize("key", ["path", "User-Agent", "Referer", "Host", "view_args"])
+def test_long_texts_of_strangers_are_not_remembered(make_site: Make, key: str) -> None:
+    site = make_site()
+
+    @site.app.url_value_preprocessor
+    def enlarge(_endpoint: str | None, values: dict[str, Any] | None) -> None:
+        if key == "view_args" and values is not None:
+            values["extra"] = "x" * 2000
+
+    site.app.add_url_rule("/<path:path>", "page", lambda path, **extra: path[:1])
+    for number in range(20):
+        long = f"{number}{'y' * 2000}"
+        headers = {"User-Agent": "curl", "Referer": "https://example.org/"}
+        if key in ("User-Agent", "Referer", "Host"):
+            headers[key] = long
+        path = f"/{long}" if key == "path" else f"/{number}"
+        site.get(path, headers=headers)
+    assert len(site.records()) == 20
+    enricher = site.app.extensions["track_usage"].pipeline._enricher
+    caches = (enricher._targets, enricher._callers, enricher._referrers)
+    remembered = [len(repr(key)) for cache in caches for key in cache.everything()]
+    assert max(remembered) < 1000
+
+
+def test_a_country_that_a_header_tells_is_not_remembered_with_the_client(make_site: Make) -> None:
+    site = make_site(COUNTRY="header:CF-IPCountry", TRUSTED_PROXIES=["203.0.113.9"])
+    site.app.add_url_rule("/", "index", lambda: "hello")
+    for country in ("DE", "NL", "DE", "XX"):
+        site.get(headers={"CF-IPCountry": country})
+    assert [record.country for record in site.records()] == ["DE", "NL", "DE", None]
+
+
+def test_without_a_host_it_is_the_server_that_was_asked(make_site: Make) -> None:
+    site = make_site()
+    site.app.add_url_rule("/", "index", lambda: "hello")
+    for host, port in ((None, "80"), ("", "8080"), (None, 443), ("shop.example:1", "80")):
+        environ = EnvironBuilder("/").get_environ() | {"SERVER_NAME": "own", "SERVER_PORT": port}
+        del environ["HTTP_HOST"]
+        if host is not None:
+            environ["HTTP_HOST"] = host
+        run_wsgi_app(site.app.wsgi_app, environ, buffered=True)
+    expected = ["own", "own:8080", "own:443", "shop.example:1"]
+    assert [record.host for record in site.records()] == expected
+
+
+def test_a_queue_is_told_by_either_header(make_site: Make) -> None:
+    site = make_site()
+    site.app.add_url_rule("/", "index", lambda: "hello")
+    came = f"t={time.time() - 2}"
+    for name in ("X-Request-Start", "X-Queue-Start", "X-Other"):
+        site.get(headers={name: came})
+    waited = [record.queue_seconds for record in site.records()]
+    assert waited == [pytest.approx(2, abs=0.5), pytest.approx(2, abs=0.5), None]

@@ -1,0 +1,170 @@
+"""Declared objectives: every request is good or bad, once, as the histogram has it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask, abort
+from helpers.front_door import Site
+from helpers.gunicorn_server import Gunicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from flask_usage_metrics import ConfigError, TrackUsage
+from flask_usage_metrics.extension.settings import read
+
+OBJECTIVES = {"availability": 0.999, "latency": (0.99, 0.05)}
+
+
+def events(site: Site) -> dict[tuple[str, str], float]:
+    found = site.samples("flask_usage_slo_events_total")
+    return {(dict(key)["slo"], dict(key)["result"]): value for key, value in found.items()}
+
+
+def test_nothing_is_declared_unless_the_app_does(site: Site) -> None:
+    site.get("/nowhere")
+    assert events(site) == {}
+    assert site.samples("flask_usage_slo_objective_ratio") == {}
+
+
+def test_both_results_are_there_from_the_start(make_site: Callable[..., Site]) -> None:
+    site = make_site(SLO=OBJECTIVES)
+    assert events(site) == {
+        ("availability", "good"): 0,
+        ("availability", "bad"): 0,
+        ("latency", "good"): 0,
+        ("latency", "bad"): 0,
+    }
+    assert site.samples("flask_usage_slo_objective_ratio") == {
+        (("slo", "availability"),): 0.999,
+        (("slo", "latency"),): 0.99,
+    }
+
+
+def test_only_5xx_is_bad_availability(make_site: Callable[..., Site]) -> None:
+    site = make_site(SLO={"availability": 0.9}, TESTING=False)
+    site.app.add_url_rule("/<int:status>", "view", lambda status: ("", status))
+    site.app.add_url_rule("/abort", "fails", lambda: abort(503))
+
+    @site.app.get("/crash")
+    def crash() -> str:
+        raise ValueError
+
+    for path in ("/200", "/302", "/404", "/429", "/499", "/700", "/nowhere"):
+        site.get(path)
+    for path in ("/500", "/599", "/abort", "/crash"):
+        site.get(path)
+    assert events(site) == {("availability", "good"): 7, ("availability", "bad"): 4}
+
+
+def test_latency_is_what_the_histograms_bucket_says(make_site: Callable[..., Site]) -> None:
+    site = make_site(SLO={"fast": (0.9, 0.025), "slow": (0.9, 0.075)})
+    rng = random.Random(7)
+
+    @site.app.get("/")
+    def view() -> tuple[str, int]:
+        time.sleep(rng.uniform(0, 0.05))
+        return "", rng.choice([200, 500])
+
+    for _ in range(40):
+        site.get()
+    buckets: dict[str, float] = {}
+    for key, value in site.samples("flask_usage_request_duration_seconds_bucket").items():
+        bound = dict(key)["le"]
+        buckets[bound] = buckets.get(bound, 0) + value
+    assert 0 < buckets["0.025"] < 40
+    assert events(site) == {
+        ("fast", "good"): buckets["0.025"],
+        ("fast", "bad"): 40 - buckets["0.025"],
+        ("slow", "good"): buckets["0.075"],
+        ("slow", "bad"): 40 - buckets["0.075"],
+    }
+
+
+def test_the_workers_events_are_added_up_and_a_kill_takes_none_away(tmp_path: Path) -> None:
+    app = """
+import os
+from flask import Flask
+from flask_usage_metrics import TrackUsage
+
+app = Flask("shop")
+app.config.update(TRACK_USAGE_STATE_DIR="state", TRACK_USAGE_SLO={"availability": 0.9})
+TrackUsage(app, "sqlite:///usage.sqlite3")
+app.add_url_rule("/pid", "pid", lambda: str(os.getpid()))
+"""
+    with Gunicorn(tmp_path, "-w", "2", app=app) as server:
+        asked = {server.get() for _ in range(40)}
+        while len(asked) < 2:
+            asked.add(server.get())
+        server.kill(int(asked.pop()))
+        for _ in range(10):
+            server.get()
+        deadline = time.monotonic() + 10
+        good, counted = -1.0, 0.0
+        while good != counted and time.monotonic() < deadline:
+            values = {
+                (sample.name, sample.labels.get("result")): sample.value
+                for family in text_string_to_metric_families(server.get("/metrics"))
+                for sample in family.samples
+            }
+            good = values["flask_usage_slo_events_total", "good"]
+            counted = values["flask_usage_requests_total", None]
+            assert counted >= 50
+        assert good == counted
+        assert values["flask_usage_slo_events_total", "bad"] == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        0.999,
+        "0.999",
+        ["availability"],
+        {"availability": 1},
+        {"availability": 0},
+        {"availability": 99.9},
+        {"availability": True},
+        {"availability": None},
+        {"availability": "most"},
+        {"latency": (0.99,)},
+        {"latency": (0.99, 0.5, 1)},
+        {"latency": (0.99, 0)},
+        {"latency": (0.99, float("nan"))},
+        {"latency": (0.99, float("inf"))},
+        {"latency": {"ratio": 0.99}},
+        {"": 0.9},
+        {"two words": 0.9},
+        {"x" * 65: 0.9},
+        {5: 0.9},
+    ],
+)
+def test_what_cannot_be_meant_is_an_error_at_set_up(wrong: Any) -> None:
+    app = Flask("shop")
+    app.config["TRACK_USAGE_SLO"] = wrong
+    with pytest.raises(ConfigError, match=r"^TRACK_USAGE_SLO must be a dict of ratios"):
+        TrackUsage(app, [], registry=CollectorRegistry())
+
+
+def test_it_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASK_TRACK_USAGE_SLO", '{"availability": "0.999", "latency": [0.99, 0.5]}')
+    app = Flask("shop")
+    app.config.from_prefixed_env()
+    found = read(app.config).shape.objectives
+    assert [(one.name, one.ratio, one.seconds) for one in found] == [
+        ("availability", 0.999, None),
+        ("latency", 0.99, 0.5),
+    ]
+
+
+def test_apps_on_one_registry_agree_on_them() -> None:
+    registry = CollectorRegistry()
+    TrackUsage(Flask("shop"), [], registry=registry)
+    other = Flask("other")
+    other.config["TRACK_USAGE_SLO"] = {"availability": 0.9}
+    with pytest.raises(ConfigError, match="TRACK_USAGE_SLO"):
+        TrackUsage(other, [], registry=registry)

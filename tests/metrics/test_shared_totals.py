@@ -1,0 +1,418 @@
+"""Siblings' totals in one file: exact under any visits, and mended when it is damaged."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import closing, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from helpers.records import START, make_record
+
+from flask_usage_metrics.metrics.exemplars import Row, pack
+from flask_usage_metrics.metrics.shared_totals import Gauges, Key, Numbers, SharedTotals
+
+GAUGES = Gauges(0, {}, {}, True)
+A: Key = ("requests", ("GET", "a"))
+B: Key = ("requests", ("GET", "b"))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    folder = tmp_path / "g"
+    folder.mkdir(mode=0o700)
+    return folder / "totals.sqlite3"
+
+
+def add(file: SharedTotals, **counts: int) -> None:
+    file.sync({("requests", ("GET", name)): [n] for name, n in counts.items()}, {}, GAUGES)
+
+
+def look(file: SharedTotals) -> dict[str, float]:
+    file.sync({}, {}, GAUGES)
+    return {labels[1]: numbers[0] for (_, labels), numbers in file.merged.items()}
+
+
+def descriptors(folder: Path) -> int:
+    """Count what this process has open below a folder: other tests may still let go of theirs."""
+    count = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            count += str(descriptor.readlink()).startswith(f"{folder}/")
+    return count
+
+
+def break_it(path: Path, how: str) -> None:
+    if how == "removed":
+        path.unlink()
+    elif how == "folder-removed":
+        shutil.rmtree(path.parent)
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "garbage":
+        path.write_bytes(b"garbage" * 5000)
+    elif how == "half":
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "replaced":
+        other = path.with_name("other")
+        other.write_bytes(b"")
+        other.replace(path)
+
+
+def insist(files: list[SharedTotals], new: dict[Key, Numbers]) -> None:
+    """Offer until all have taken it; in turns, as workers do: one may wait for another to close."""
+    waiting = list(files)
+    for _ in range(5):
+        for file in list(waiting):
+            with suppress(sqlite3.Error):
+                file.sync(new, {}, GAUGES)
+                waiting.remove(file)
+        if not waiting:
+            return
+    raise AssertionError("not taken")
+
+
+def test_each_sees_the_sum_of_all_and_only_what_changed_is_written(path: Path) -> None:
+    files = [SharedTotals(path) for _ in range(3)]
+    for number, file in enumerate(files):
+        add(file, a=1, **{"bcd"[number]: 10})
+    for file in files:
+        assert look(file) == {"a": 3, "b": 10, "c": 10, "d": 10}
+    with closing(sqlite3.connect(path)) as reader:
+        rows = reader.execute("SELECT labels, changed FROM series").fetchall()
+    assert {json.loads(labels)[1]: changed for labels, changed in rows} == {
+        "a": 3,
+        "b": 1,
+        "c": 2,
+        "d": 3,
+    }
+    for file in files:
+        file.close()
+
+
+def test_a_visit_tells_what_it_changed_and_what_others_did(path: Path) -> None:
+    one, other = SharedTotals(path), SharedTotals(path)
+    assert one.sync({A: [1], B: [2]}, {}, GAUGES) == ({A: [1], B: [2]}, {})
+    assert one.sync({}, {}, GAUGES) == ({}, {})
+    assert other.sync({A: [10]}, {}, GAUGES, {A: [b"x"]}) == (
+        {A: [11], B: [2]},
+        {A: [b"x"]},
+    )
+    assert one.sync({B: [3]}, {}, GAUGES) == ({A: [11], B: [5]}, {A: [b"x"]})
+    path.unlink()
+    assert other.sync({A: [1]}, {}, GAUGES) == ({A: [12], B: [2]}, {})
+    assert one.sync({}, {}, GAUGES) == ({A: [12], B: [5]}, {A: [b"x"]})
+    for file in (one, other):
+        file.close()
+
+
+def test_sums_are_exact_under_concurrent_visits(path: Path) -> None:
+    names = "abcdefgh"
+    expected: Counter[str] = Counter()
+    lock = threading.Lock()
+    fallen = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        file = SharedTotals(path)
+        last: dict[Key, Numbers] = {}
+        for _ in range(60):
+            counts = {rng.choice(names): rng.randrange(1, 9) for _ in range(rng.randrange(4))}
+            new: dict[Key, Numbers] = {("requests", ("GET", n)): [c] for n, c in counts.items()}
+            while True:
+                try:
+                    file.sync(new, {}, GAUGES)
+                    break
+                except sqlite3.OperationalError:
+                    continue
+            with lock:
+                expected.update(counts)
+            fallen.extend(key for key, was in last.items() if file.merged[key] < was)
+            last = dict(file.merged)
+        file.close()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not fallen
+    file = SharedTotals(path)
+    assert look(file) == expected
+    file.close()
+
+
+def test_sums_are_exact_among_processes_that_are_killed(path: Path) -> None:
+    script = """
+import sqlite3, sys, time
+from pathlib import Path
+from flask_usage_metrics.metrics.shared_totals import Gauges, SharedTotals
+file = SharedTotals(Path(sys.argv[1]))
+number = 0
+while True:
+    try:
+        number += 1
+        file.sync({("requests", ("GET", sys.argv[2])): [1]}, {sys.argv[2]: number},
+                   Gauges(1, {}, {}, True))
+    except sqlite3.OperationalError:
+        number -= 1
+    time.sleep(0.002)
+"""
+    children = [
+        subprocess.Popen([sys.executable, "-c", script, path, name]) for name in ("a", "b", "c")
+    ]
+    file = SharedTotals(path)
+    deadline = time.monotonic() + 10
+    while len(file.merged) < 3 or len(file.workers) < 4:
+        assert time.monotonic() < deadline
+        with suppress(sqlite3.OperationalError):  # the others release hardly a gap
+            file.sync({}, {}, GAUGES)
+    assert {pid for pid, gauges in file.workers.items() if gauges.in_progress} == {
+        child.pid for child in children
+    }
+    for child in children:
+        with child:
+            time.sleep(0.1)
+            child.kill()
+    sums = look(file)
+    assert len(file.workers) == 1  # the gauges of the dead are gone
+    # The number of the commit and the sums are of one transaction.
+    assert sums == {name: file.last_commit(name) for name in "abc"}
+    file.forget(["a"])
+    assert [file.last_commit(name) is None for name in "abc"] == [True, False, False]
+    file.release()
+
+
+HOWS = ["removed", "folder-removed", "emptied", "garbage", "half", "replaced"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_damage_loses_nothing_that_somebody_saw(path: Path, how: str) -> None:
+    files = [SharedTotals(path) for _ in range(3)]
+    for file in files:
+        add(file, a=5, b=1)
+    for file in files:
+        assert look(file) == {"a": 15, "b": 3}
+    break_it(path, how)
+    insist(files, {A: [1]})
+    for file in files:
+        assert file.merged[A][0] >= 16
+        assert file.merged[B] == [3]
+    for file in files:
+        assert look(file) == {"a": 18, "b": 3}
+    newcomer = SharedTotals(path)
+    assert look(newcomer) == {"a": 18, "b": 3}
+    for file in [*files, newcomer]:
+        file.close()
+
+
+@pytest.mark.parametrize("how", ["removed", "garbage", "emptied"])
+def test_damage_at_any_moment_makes_no_value_fall(path: Path, how: str) -> None:
+    rng = random.Random(how)
+    files = [SharedTotals(path) for _ in range(3)]
+    seen = [0.0] * 3
+    for step in range(150):
+        if step % 25 == 24:
+            break_it(path, how)
+            insist(files, {})
+        who = rng.randrange(3)
+        insist([files[who]], {A: [1]})
+        assert files[who].merged[A][0] > seen[who]
+        seen[who] = files[who].merged[A][0]
+    for file in files:
+        file.close()
+
+
+@pytest.mark.parametrize("first", ["last_commit", "forget", "release"])
+def test_who_first_asks_a_new_file_something_still_tells_what_it_knows(
+    path: Path, first: str
+) -> None:
+    one = SharedTotals(path)
+    add(one, a=100, b=7)
+    break_it(path, "removed")
+    if first == "last_commit":
+        assert one.last_commit("journal") is None
+    elif first == "forget":
+        one.forget(["journal"])
+    else:
+        one.release()
+    two = SharedTotals(path)
+    add(two, a=1)  # it never saw the old file
+    add(one, b=1)
+    assert one.merged[A][0] >= 100
+    assert look(one)["b"] == 8
+    assert look(two) == look(one)
+    one.close()
+    two.close()
+
+
+def test_a_locked_file_raises_within_about_a_second_and_adds_nothing(path: Path) -> None:
+    file, fresh = SharedTotals(path), SharedTotals(path)
+    add(file, a=1)
+    before = descriptors(path.parent)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        other.execute("UPDATE change SET number = number")
+        for who in (file, fresh):
+            start = time.monotonic()
+            with pytest.raises(sqlite3.OperationalError):
+                who.sync({A: [10]}, {"j": 1}, GAUGES)
+            assert time.monotonic() - start < 1.6
+        other.execute("ROLLBACK")
+    assert path.exists()
+    file.sync({A: [10]}, {"j": 1}, GAUGES)
+    fresh.sync({A: [100]}, {}, GAUGES)
+    assert look(file) == look(fresh) == {"a": 111}
+    assert file.last_commit("j") == 1
+    file.close()
+    fresh.close()
+    assert descriptors(path.parent) < before
+
+
+def test_a_locked_file_keeps_no_descriptor(path: Path) -> None:
+    add(file := SharedTotals(path), a=1)
+    file.close()
+    before = descriptors(path.parent)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        other.execute("UPDATE change SET number = number")
+        for _ in range(2):
+            with pytest.raises(sqlite3.OperationalError):
+                file.last_commit("j")
+        other.execute("ROLLBACK")
+    file.close()
+    assert descriptors(path.parent) == before
+
+
+def test_the_gauges_of_who_leaves_go_with_it(path: Path) -> None:
+    file = SharedTotals(path)
+    add(file, a=1)
+    assert len(file.workers) == 1
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("INSERT INTO worker SELECT 1, '5', gauges FROM worker")
+        other.execute("INSERT INTO worker SELECT 999999999, '', gauges FROM worker LIMIT 1")
+        other.commit()
+    add(file, a=1)
+    assert len(file.workers) == 1
+    file.release()
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT * FROM worker").fetchall() == []
+        assert other.execute("SELECT numbers FROM series").fetchall() == [("[2]",)]
+
+
+def exemplar(second: float) -> bytes:
+    began = START + timedelta(seconds=second)
+    return pack(make_record(started_at=began, trace_id="1" * 32, span_id="2" * 16))
+
+
+def observe(file: SharedTotals, exemplars: dict[Key, Row]) -> dict[Key, Row]:
+    """Visit as a worker does: an exemplar comes with the count of its series."""
+    file.sync({key: [1] for key in exemplars}, {}, GAUGES, exemplars)
+    return file.exemplars
+
+
+class TestExemplars:
+    def test_each_sees_the_newest_and_only_what_changed_is_written(self, path: Path) -> None:
+        one, other = SharedTotals(path), SharedTotals(path)
+        observe(one, {A: [exemplar(1), b"", exemplar(9)], B: [b"", exemplar(1), b""]})
+        observe(other, {A: [exemplar(2), exemplar(2), exemplar(2)]})
+        expected = {
+            A: [exemplar(2), exemplar(2), exemplar(9)],
+            B: [b"", exemplar(1), b""],
+        }
+        assert observe(other, {}) == observe(one, {}) == expected
+        with closing(sqlite3.connect(path)) as reader:
+            rows = reader.execute("SELECT labels, changed FROM exemplar").fetchall()
+        assert {json.loads(labels)[1]: changed for labels, changed in rows} == {"a": 2, "b": 1}
+        one.close()
+        other.close()
+
+    def test_only_what_changed_is_read(self, path: Path) -> None:
+        one, other = SharedTotals(path), SharedTotals(path)
+        observe(one, {A: [exemplar(1)]})
+        observe(other, {B: [exemplar(1)]})
+        with closing(sqlite3.connect(path)) as changer:
+            changer.execute("UPDATE exemplar SET packed = 'unreadable' WHERE changed < 2")
+            changer.commit()
+        assert observe(one, {})[B] == observe(other, {})[B] == [exemplar(1)]
+        one.close()
+        other.close()
+
+    def test_all_agree_on_the_newest_whoever_comes_when(self, path: Path) -> None:
+        rng = random.Random(7)
+        files = [SharedTotals(path) for _ in range(3)]
+        expected: dict[Key, Row] = {}
+        for step in range(200):
+            if step % 50 == 49:
+                break_it(path, "removed")
+                insist(files, {})
+            key: Key = ("requests", ("GET", rng.choice("abc")))
+            row = [exemplar(rng.randrange(1000)) if rng.random() < 0.5 else b"" for _ in "123"]
+            observe(rng.choice(files), {key: row})
+            expected[key] = [*map(max, expected.get(key, row), row)]
+        for file in files:
+            observe(file, {})
+        for file in files:
+            assert observe(file, {}) == expected
+            file.close()
+
+    @pytest.mark.parametrize("how", HOWS)
+    def test_damage_loses_nothing_that_somebody_saw(self, path: Path, how: str) -> None:
+        files = [SharedTotals(path) for _ in range(3)]
+        for second, file in enumerate(files):
+            observe(file, {A: [exemplar(second)], ("requests", (f"{second}",)): [exemplar(1)]})
+        seen = dict(observe(files[0], {}))
+        assert len(seen) == 4
+        break_it(path, how)
+        insist(files, {})
+        newcomer = SharedTotals(path)
+        for file in [*files, newcomer]:
+            assert observe(file, {}) == seen
+            file.close()
+
+    def test_a_visit_that_fails_adds_none(self, path: Path) -> None:
+        file, other = SharedTotals(path), SharedTotals(path)
+        observe(file, {A: [exemplar(1)]})
+        observe(other, {})
+        with closing(sqlite3.connect(path, isolation_level=None)) as breaker:
+            breaker.execute("ALTER TABLE worker RENAME TO hidden")
+            with pytest.raises(sqlite3.OperationalError):
+                observe(file, {A: [exemplar(2)], B: [exemplar(2)]})
+            assert file.exemplars == {A: [exemplar(1)]}
+            breaker.execute("ALTER TABLE hidden RENAME TO worker")
+        assert observe(other, {}) == {A: [exemplar(1)]}
+        assert observe(file, {A: [exemplar(2)]}) == {A: [exemplar(2)]}
+        file.close()
+        other.close()
+
+    def test_siblings_of_a_version_without_them_go_on(self, path: Path) -> None:
+        older = SharedTotals(path)
+        add(older, a=5)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("DROP TABLE exemplar")
+            older.close()
+            newer = SharedTotals(path)
+            assert observe(newer, {A: [exemplar(1)]}) == {A: [exemplar(1)]}
+            # What an older version does in a sync.
+            other.execute("BEGIN IMMEDIATE")
+            (change,) = other.execute("SELECT number FROM change").fetchone()
+            found = other.execute(
+                "SELECT family, labels, numbers FROM series WHERE changed > 0"
+            ).fetchall()
+            assert [numbers for _, _, numbers in found] == ["[6]"]
+            other.execute("UPDATE series SET numbers = '[7]', changed = ?", (change + 1,))
+            other.execute("UPDATE change SET number = ?", (change + 1,))
+            other.execute("COMMIT")
+        assert look(newer) == {"a": 7}
+        assert newer.exemplars == {A: [exemplar(1)]}
+        newer.close()

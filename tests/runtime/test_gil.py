@@ -1,0 +1,66 @@
+"""How a thread of ours gives the interpreter away while it computes."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from helpers.records import make_record
+
+from flask_usage_metrics.runtime import gil as pacing
+from flask_usage_metrics.storage.sql.table import to_columns
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the pauses that were made; none of them lasts."""
+    made: list[float] = []
+    monkeypatch.setattr(pacing, "sleep", made.append)
+    monkeypatch.setattr(pacing, "perf_counter", lambda: 0.0)
+    return made
+
+
+def test_steps_hold_everything_with_pauses_in_between(pauses: list[float]) -> None:
+    pacer = pacing.GilYielder()
+    steps = [*pacer.steps(range(10), 4)]
+    assert [[*step] for step in steps] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert len(pauses) == 2
+    assert [*pacer.steps([], 4)] == []
+    assert [*pacer.steps("abcd", 4)] == ["abcd"]
+    assert len(pauses) == 2
+
+
+def test_after_a_long_pause_there_are_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.001, 0.001, 0.005]
+    now = 0.0
+
+    def sleep(_: float) -> None:
+        nonlocal now
+        now += seconds.pop(0)
+
+    monkeypatch.setattr(pacing, "sleep", sleep)
+    monkeypatch.setattr(pacing, "perf_counter", lambda: now)
+    pacer = pacing.GilYielder()
+    assert [*pacer.steps(range(6), 1)] == [range(number, number + 1) for number in range(6)]
+    assert [*pacer.steps(range(6), 3)] == [range(3), range(3, 6)]
+    assert seconds == []
+    with pytest.raises(IndexError):
+        [*pacing.GilYielder().steps(range(2), 1)]
+
+
+def test_rows_are_the_same_however_many_there_are(pauses: list[float]) -> None:
+    first = make_record()
+    batch = [
+        make_record(
+            id=f"{number:08}",
+            path=f"/{number}",
+            view_args=None if number % 3 else {"number": number},
+            started_at=first.started_at + timedelta(microseconds=number + 1),
+        )
+        for number in range(300)
+    ]
+    alone = [to_columns([record]) for record in batch]
+    assert not pauses
+    expected = [[value for columns in alone for value in columns[place]] for place in range(41)]
+    assert [[*column] for column in to_columns(batch)] == expected
+    assert pauses
