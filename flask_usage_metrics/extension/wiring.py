@@ -24,7 +24,8 @@ from flask_usage_metrics.pipeline.delivery.sink import Sink
 from flask_usage_metrics.pipeline.worker import METRICS_SINK
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.key_files import find_key, make_key
-from flask_usage_metrics.runtime.state_dir import State, StateUnavailable, default_places
+from flask_usage_metrics.runtime.private_files import StateUnavailable
+from flask_usage_metrics.runtime.state_dir import StateDir, default_places
 from flask_usage_metrics.storage import Storage, Writer, as_writer
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def join_totals(totals: Totals, app: Flask, settings: Settings, writers: Sequenc
             if settings.state_dir is None
             else [Path(settings.state_dir)]
         )
-        totals.state = State(places, f"{app.name} {app.import_name} {app.root_path}")
+        totals.state = StateDir(places, f"{app.name} {app.import_name} {app.root_path}")
     # What was meant for one storage must not come to another.
     storages = " ".join(writer.identity for writer in writers)
     key = f"{app.name} {len(totals.apps)} {storages}"

@@ -15,14 +15,13 @@ import msgspec
 
 from flask_usage_metrics.metrics.exemplars import Row, newest
 from flask_usage_metrics.runtime.fork_gate import FORK_GATE
-from flask_usage_metrics.runtime.state_dir import (
+from flask_usage_metrics.runtime.private_files import (
     StateUnavailable,
-    is_alive,
     is_still,
     make_private,
     open_private,
-    started,
 )
+from flask_usage_metrics.runtime.processes import is_alive, started
 
 Numbers = list[int | float]
 Key = tuple[str, tuple[str, ...]]

@@ -54,7 +54,8 @@ from flask_usage_metrics.metrics.shared_totals import Gauges, Numbers, SharedTot
 from flask_usage_metrics.metrics.sink_counters import SinkCounters
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import State, StateUnavailable
+from flask_usage_metrics.runtime.private_files import StateUnavailable
+from flask_usage_metrics.runtime.state_dir import StateDir
 
 _PAUSE_SECONDS = 1.0
 """The siblings' file is left alone for so long when a sync failed."""
@@ -114,7 +115,7 @@ class Totals:
     def __init__(self, shape: Shape, version: str) -> None:
         self.shape = shape
         self.apps: list[str] = []
-        self.state: State | None = None
+        self.state: StateDir | None = None
         self._version = version
         self._sources: WeakSet[Source] = WeakSet()
         self._sink_counters: list[SinkCounters] = []

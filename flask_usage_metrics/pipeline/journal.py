@@ -18,7 +18,7 @@ from zlib import crc32
 import msgspec
 
 from flask_usage_metrics.records.observation import Observation, Origin
-from flask_usage_metrics.runtime.state_dir import is_still, open_private, try_lock
+from flask_usage_metrics.runtime.private_files import is_still, open_private, try_lock
 
 FILE_BYTES = 4 * 1024 * 1024
 """Size of a journal file: some 8 000 requests of 500 bytes."""

@@ -12,16 +12,10 @@ from flask_usage_metrics.pipeline.delivery.spool import Spool
 from flask_usage_metrics.pipeline.journal import JournalFile
 from flask_usage_metrics.records.observation import Origin
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import (
-    ServerRun,
-    State,
-    StateUnavailable,
-    dead_runs,
-    digest,
-    process_key,
-    remove_run,
-    siblings_key,
-)
+from flask_usage_metrics.runtime.private_files import StateUnavailable
+from flask_usage_metrics.runtime.processes import process_key, server_key
+from flask_usage_metrics.runtime.server_runs import ServerRun, dead_runs, remove_run
+from flask_usage_metrics.runtime.state_dir import StateDir, digest
 
 _SIBLINGS_SECONDS = 0.5
 _DEAD_SECONDS = 60.0
@@ -40,7 +34,7 @@ class WorkerGroup:
 
     def __init__(
         self,
-        state: State | None,
+        state: StateDir | None,
         app: str,
         *,
         totals: Totals,
@@ -71,7 +65,7 @@ class WorkerGroup:
                 raise StateUnavailable("none is configured")
             home = self._state.home()
             if multiprocess:
-                run = ServerRun(home, f"{siblings_key()} {shape}", os.getppid())
+                run = ServerRun(home, f"{server_key()} {shape}", os.getppid())
             else:
                 run = ServerRun(home, f"{process_key()} {shape}", os.getpid())
             run.join()

@@ -1,4 +1,4 @@
-"""Random keys that an app's processes on one machine share through files of their own."""
+"""Random keys that an app's processes on one machine share, each in a private file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from flask_usage_metrics.runtime.state_dir import is_still, make_private, open_private, try_lock
+from flask_usage_metrics.runtime.private_files import is_still, make_private, open_private, try_lock
 
 KEY_BYTES = 32
 
@@ -17,7 +17,7 @@ _LOCK_SECONDS = 1.0
 
 
 def find_key(paths: Iterable[Path]) -> bytes | None:
-    """Return the key in the first of these files that holds one."""
+    """Return the key of `KEY_BYTES` bytes in the first of these files that holds one, or None."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     for path in paths:
         with suppress(OSError):
@@ -36,11 +36,11 @@ def make_key(path: Path) -> bytes:
     """Return the key all processes agree on, from a file that one of them writes.
 
     Args:
-        path: The file; its folder is made, for its owner only.
+        path: The file; its folder is made, for this user only.
 
     Raises:
         OSError: The file cannot be used, or is locked for longer than a second.
-        StateUnavailable: The folder is not ours alone.
+        StateUnavailable: Other users may write the folder.
     """
     make_private(path.parent)
     deadline = time.monotonic() + _LOCK_SECONDS
@@ -66,7 +66,7 @@ def make_key(path: Path) -> bytes:
 
 
 def destroy_key(path: Path) -> None:
-    """Overwrite a key and remove its file; who else does so at the same time does no harm.
+    """Overwrite a key and remove its file; several processes may do so at once.
 
     Raises:
         OSError: It is still there.
@@ -84,7 +84,7 @@ def destroy_key(path: Path) -> None:
 
 
 def _read(descriptor: int) -> bytes | None:
-    """Return the key in an open file; None if there is none, no whole one, or a destroyed one."""
+    """Return the key in an open file; None if it is missing, incomplete or destroyed."""
     found = os.fstat(descriptor)
     if found.st_uid != os.geteuid() or not stat.S_ISREG(found.st_mode):
         return None

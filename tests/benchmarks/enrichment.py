@@ -24,7 +24,7 @@ from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
 from flask_usage_metrics.records.address import TrustedProxies, normalise
 from flask_usage_metrics.records.observation import Extras, Observation, environ_texts
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.runtime.state_dir import StateDir
 
 from .report import Figure
 from .variants import requests
@@ -66,7 +66,7 @@ Work = dict[str, tuple[Callable[[Any], object], list[Any]]]
 def work(home: Path) -> tuple[Work, Work]:
     """Return the parts, and the whole for each preset of privacy."""
     faults = Faults()
-    visitors = VisitorIds(State([home], "shop"), "shop 0", faults)
+    visitors = VisitorIds(StateDir([home], "shop"), "shop 0", faults)
     country_lookup = make_country_lookup(
         "auto",
         trusted_proxies=False,

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from flask_usage_metrics.enrich.visitors.daily_ids import GRACE_SECONDS, VisitorIds
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import State, digest
+from flask_usage_metrics.runtime.state_dir import StateDir, digest
 
 DAY = 86_400.0
 MIDNIGHT = 20_000 * DAY
@@ -51,7 +51,7 @@ class Shop:
     """
 
     def __init__(self, place: Path, *more: Path) -> None:
-        self.state = State([place, *more], "shop")
+        self.state = StateDir([place, *more], "shop")
         self.clock = Clock()
         self.faults = Faults()
         self._tallies: list[VisitorTally] = []
@@ -232,10 +232,10 @@ def test_processes_that_start_together_agree(tmp_path: Path) -> None:
 import os, sys
 from pathlib import Path
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.runtime.state_dir import StateDir
 from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
 for number in range(10):
-    state = State([Path(sys.argv[1]) / str(number)], "shop")
+    state = StateDir([Path(sys.argv[1]) / str(number)], "shop")
     start, go = os.pipe()
     read, write = os.pipe()
     children = []
@@ -441,9 +441,9 @@ def test_a_full_disk_harms_nobody(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.runtime.state_dir import StateDir
 from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
-state, faults = State([Path(sys.argv[1])], "shop"), Faults()
+state, faults = StateDir([Path(sys.argv[1])], "shop"), Faults()
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 made = []
 for limit in (0, 7, limits[0]):
@@ -465,9 +465,9 @@ FORK = """
 import os, sys
 from pathlib import Path
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.runtime.state_dir import StateDir
 from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
-state = State([Path(sys.argv[1])], "shop") if sys.argv[1] else None
+state = StateDir([Path(sys.argv[1])], "shop") if sys.argv[1] else None
 ids = VisitorIds(state, "shop", Faults(), clock=lambda: 86400.0)
 print(ids.identify(86400.0, "203.0.113.9", "", ""), flush=True)
 for _ in range(3):
@@ -858,9 +858,9 @@ CROWD = """
 import os, sys, threading
 from pathlib import Path
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.runtime.state_dir import StateDir
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
-state, faults = State([Path(sys.argv[1])], "shop"), Faults()
+state, faults = StateDir([Path(sys.argv[1])], "shop"), Faults()
 start, go = os.pipe()
 children = []
 for process in range(4):
@@ -906,9 +906,9 @@ ADD_FOREVER = """
 import sys, time
 from pathlib import Path
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.runtime.state_dir import StateDir
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
-tally = VisitorTally(State([Path(sys.argv[1])], "shop"), "shop", Faults(),
+tally = VisitorTally(StateDir([Path(sys.argv[1])], "shop"), "shop", Faults(),
                      clock=lambda: float(sys.argv[2]))
 print("ready", flush=True)
 number = 0
@@ -943,9 +943,10 @@ FORKED = """
 import os, sys
 from pathlib import Path
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.runtime.state_dir import StateDir
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
-tally = VisitorTally(State([Path(sys.argv[1])], "shop") if sys.argv[1] else None, "shop", Faults(),
+state = StateDir([Path(sys.argv[1])], "shop") if sys.argv[1] else None
+tally = VisitorTally(state, "shop", Faults(),
                      clock=lambda: 86400.0)
 tally.add([(86400.0, "parent")])
 read, write = os.pipe()
@@ -979,10 +980,10 @@ def test_a_fork_in_the_middle_of_a_visit_blocks_no_child(tmp_path: Path) -> None
 import os, sys, threading, warnings
 from pathlib import Path
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.runtime.state_dir import StateDir
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 warnings.simplefilter("ignore")  # of a fork beside threads
-state = State([Path(sys.argv[1])], "shop")
+state = StateDir([Path(sys.argv[1])], "shop")
 tally = VisitorTally(state, "shop", Faults(), clock=lambda: 86400.0)
 inside, done = threading.Event(), threading.Event()
 def slow():
@@ -1125,11 +1126,11 @@ def test_a_full_disk_delays_but_loses_nothing(tmp_path: Path) -> None:
 import logging, resource, sys, time
 from pathlib import Path
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.state_dir import State
+from flask_usage_metrics.runtime.state_dir import StateDir
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 logging.disable()
 faults = Faults()
-tally = VisitorTally(State([Path(sys.argv[1])], "shop"), "shop", faults, clock=lambda: 86400.0)
+tally = VisitorTally(StateDir([Path(sys.argv[1])], "shop"), "shop", faults, clock=lambda: 86400.0)
 tally.add([(86400.0, "first")])
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))

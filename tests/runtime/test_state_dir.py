@@ -12,21 +12,15 @@ from pathlib import Path
 import pytest
 from helpers.front_door import Site, samples
 
-from flask_usage_metrics.runtime.state_dir import (
-    ServerRun,
-    State,
+from flask_usage_metrics.runtime.private_files import (
     StateUnavailable,
     check_private,
-    dead_runs,
-    default_places,
-    is_alive,
     make_private,
     open_private,
-    process_key,
-    remove_run,
-    siblings_key,
-    started,
 )
+from flask_usage_metrics.runtime.processes import is_alive, process_key, server_key, started
+from flask_usage_metrics.runtime.server_runs import ServerRun, dead_runs, remove_run
+from flask_usage_metrics.runtime.state_dir import StateDir, default_places
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 STRANGER = 12345
@@ -51,7 +45,7 @@ def release(home: Path, key: str, starter: str) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    return State([tmp_path / "place"], "shop").home()
+    return StateDir([tmp_path / "place"], "shop").home()
 
 
 def dead(home: Path, own: Path | None = None) -> list[Path]:
@@ -105,7 +99,7 @@ def test_what_is_planted_is_not_used(
     tmp_path: Path, plant: Callable[[Path], None], where: str
 ) -> None:
     place = tmp_path / "place"
-    state = State([place], "shop")
+    state = StateDir([place], "shop")
     home = state.home()
     folder = {"place": place, "home": home, "run": ServerRun(home, "key", 1).folder}[where]
     shutil.rmtree(folder, ignore_errors=True)
@@ -122,7 +116,7 @@ def test_what_is_planted_is_not_used(
 def test_the_next_place_is_taken_instead(tmp_path: Path, plant: Callable[[Path], None]) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     plant(first)
-    state = State([first, second], "shop")
+    state = StateDir([first, second], "shop")
     assert state.home().parent == second
     assert list(state.homes()) == [state.home()]
 
@@ -309,14 +303,16 @@ def test_who_joins_while_it_is_removed_finds_a_new_one(home: Path) -> None:
 def test_keys_and_apps_are_separate(tmp_path: Path, home: Path) -> None:
     assert ServerRun(home, "one", 1).folder != ServerRun(home, "two", 1).folder
     assert ServerRun(home, "one", 1).folder == ServerRun(home, "one", 2).folder
-    homes = {State([tmp_path / "place"], app).home() for app in ("shop", "shop!", "/", "é", "\0")}
+    homes = {
+        StateDir([tmp_path / "place"], app).home() for app in ("shop", "shop!", "/", "é", "\0")
+    }
     assert len(homes) == 5
     assert all(path.parent == tmp_path / "place" for path in homes)
-    assert siblings_key() == siblings_key()
-    assert siblings_key() != process_key()
+    assert server_key() == server_key()
+    assert server_key() != process_key()
     code = (
-        "from flask_usage_metrics.runtime.state_dir import process_key, siblings_key\n"
-        "print(siblings_key())\nprint(process_key())"
+        "from flask_usage_metrics.runtime.state_dir import process_key, server_key\n"
+        "print(server_key())\nprint(process_key())"
     )
     keys = [
         subprocess.run(

@@ -13,7 +13,8 @@ from ipaddress import ip_address
 from flask_usage_metrics.enrich.visitors.files import DAY_SECONDS, VisitorFiles
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.key_files import KEY_BYTES, destroy_key, find_key, make_key
-from flask_usage_metrics.runtime.state_dir import State, StateUnavailable
+from flask_usage_metrics.runtime.private_files import StateUnavailable
+from flask_usage_metrics.runtime.state_dir import StateDir
 
 GRACE_SECONDS = 600.0
 """A day's key is kept for so long after it: requests of its last second are still on their way."""
@@ -41,7 +42,7 @@ class VisitorIds:
 
     def __init__(
         self,
-        state: State | None,
+        state: StateDir | None,
         app: str,
         faults: Faults,
         *,

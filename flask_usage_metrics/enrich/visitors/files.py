@@ -8,13 +8,8 @@ from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
-from flask_usage_metrics.runtime.state_dir import (
-    State,
-    StateUnavailable,
-    check_private,
-    digest,
-    make_private,
-)
+from flask_usage_metrics.runtime.private_files import StateUnavailable, check_private, make_private
+from flask_usage_metrics.runtime.state_dir import StateDir, digest
 
 DAY_SECONDS = 86_400
 _EPOCH = date(1970, 1, 1).toordinal()
@@ -32,7 +27,7 @@ class VisitorFiles:
         app: What no other app in the same place has.
     """
 
-    def __init__(self, state: State | None, app: str) -> None:
+    def __init__(self, state: StateDir | None, app: str) -> None:
         self._state = state
         self._name = f"visitors-{digest(app)}"
 

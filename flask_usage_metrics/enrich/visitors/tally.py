@@ -18,7 +18,8 @@ from weakref import finalize
 from flask_usage_metrics.enrich.visitors.files import DAY_SECONDS, VisitorFiles
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.fork_gate import FORK_GATE
-from flask_usage_metrics.runtime.state_dir import State, StateUnavailable, open_private
+from flask_usage_metrics.runtime.private_files import StateUnavailable, open_private
+from flask_usage_metrics.runtime.state_dir import StateDir
 
 _BUSY_SECONDS = 1.0
 _PAUSE_SECONDS = 1.0
@@ -51,7 +52,7 @@ class VisitorTally:
 
     def __init__(
         self,
-        state: State | None,
+        state: StateDir | None,
         app: str,
         faults: Faults,
         *,

@@ -1,0 +1,99 @@
+"""Folders and files that only this user may write: made, checked, opened, locked."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class StateUnavailable(Exception):
+    """No folder can be had that only this user may write; the message names no path."""
+
+
+def require_locks() -> None:
+    """Check that files can be locked.
+
+    Raises:
+        StateUnavailable: The system has no ``flock``.
+    """
+    if fcntl is None:  # pragma: no cover - Windows
+        raise StateUnavailable("this system has no flock")
+
+
+def make_private(folder: Path) -> Path:
+    """Make a folder for this user only, unless it exists, and check it.
+
+    Raises:
+        StateUnavailable: It cannot be made, or `check_private` refuses it.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateUnavailable(os.strerror(error.errno or 0)) from None
+    check_private(folder)
+    return folder
+
+
+def check_private(folder: Path) -> None:
+    """Refuse a folder that another user could have planted or could change.
+
+    Raises:
+        StateUnavailable: It is no folder, a link, another user's, or writable by others.
+    """
+    try:
+        found = folder.lstat()
+    except OSError as error:
+        raise StateUnavailable(os.strerror(error.errno or 0)) from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise StateUnavailable("something that is no folder is in its place")
+    if found.st_uid != os.geteuid():
+        raise StateUnavailable("it belongs to another user")
+    if found.st_mode & 0o022:
+        raise StateUnavailable("other users may write there")
+
+
+def open_private(path: Path, *, exclusive: bool = False) -> int:
+    """Open a file of this user for reading and writing, made if need be, never through a link.
+
+    Args:
+        path: The file.
+        exclusive: Fail if it exists.
+
+    Raises:
+        OSError: It cannot be opened, or is another user's or no regular file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(path, flags | (os.O_EXCL if exclusive else 0), 0o600)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        os.close(descriptor)
+        raise PermissionError("not a file of this user")
+    return descriptor
+
+
+def try_lock(descriptor: int) -> bool:
+    """Take the exclusive ``flock`` unless somebody holds one; closing the file gives it back."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def lock_shared(descriptor: int) -> None:
+    """Take a shared ``flock``; blocks while somebody holds the exclusive one."""
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def is_still(path: Path, descriptor: int) -> bool:
+    """Tell whether a path still names this open file: not deleted, not replaced."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except OSError:
+        return False
