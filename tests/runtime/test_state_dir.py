@@ -311,7 +311,7 @@ def test_keys_and_apps_are_separate(tmp_path: Path, home: Path) -> None:
     assert server_key() == server_key()
     assert server_key() != process_key()
     code = (
-        "from flask_usage_metrics.runtime.state_dir import process_key, server_key\n"
+        "from flask_usage_metrics.runtime.processes import process_key, server_key\n"
         "print(server_key())\nprint(process_key())"
     )
     keys = [
