@@ -88,6 +88,8 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
 class Enricher:
     """Makes records of one app's observations; for one caller at a time.
 
+    It owns the parts that it asks: their threads, keys and files live and end with it.
+
     Many requests ask for the same, and a client asks for much: what is made of these texts is
     remembered, which takes three quarters off the cost of a record.
 
@@ -96,7 +98,8 @@ class Enricher:
         key: What no other app on the same registry has.
         country_lookup: Where countries are looked up.
         trusted: Which proxies are believed.
-        visitors: Who tells visitors without a cookie apart; None: nobody does.
+        visitors: Who tells visitors without a cookie apart, and keeps the keys for it.
+        identifies: Whether they are told apart; if not, only keys of past days are destroyed.
         policy: What is kept.
 
     Attributes:
@@ -111,7 +114,8 @@ class Enricher:
         *,
         country_lookup: CountryLookup,
         trusted: TrustedProxies,
-        visitors: VisitorIds | None,
+        visitors: VisitorIds,
+        identifies: bool,
         policy: Policy,
     ) -> None:
         self._app = _clean(app, 128)
@@ -119,6 +123,7 @@ class Enricher:
         self._country_lookup = country_lookup
         self._trusted = trusted
         self._visitors = visitors
+        self._identifies = identifies
         self._policy = policy
         self.headers = (*country_lookup.headers, *policy.headers)
         self._sources = len(country_lookup.headers)
@@ -131,10 +136,9 @@ class Enricher:
         self._referrers: TwoGenerationCache[tuple[str], str | None] = TwoGenerationCache(
             self._referrer, lambda key: len(key[0])
         )
-        self.reset_after_fork()
+        self._take_identity()
 
-    def reset_after_fork(self) -> None:
-        """Take another process' identity."""
+    def _take_identity(self) -> None:
         self.origin = Origin(
             app=self._key,
             process=_clean(f"{socket.gethostname()}:{os.getpid()}", 128),
@@ -211,7 +215,7 @@ class Enricher:
         elif policy.is_nameless:
             visitor = username = None
         else:
-            if visitor is None and self._visitors is not None:
+            if visitor is None and self._identifies:
                 visitor = self._visitors.identify(
                     seen.started_ns / 1e9, caller.address, texts[_USER_AGENT], target.asked_host
                 )
@@ -287,6 +291,46 @@ class Enricher:
         # It was configured otherwise.
         named: dict[str, str] = dict(zip(origin.headers, headers, strict=False))
         return tuple([named.get(name, "") for name in self.headers])
+
+    # ------------------------------------------------------------------------ life of the parts
+
+    def reset_after_fork(self) -> None:
+        """Start anew in a forked child: an origin of its own, and none of its parent's threads."""
+        self._take_identity()
+        self._country_lookup.reset_after_fork()
+        self._visitors.reset_after_fork()
+
+    def maintain(self) -> None:
+        """Destroy the keys of visitors that are due, here and on disk; it never raises."""
+        self._visitors.maintain()
+
+    def due_in(self) -> float | None:
+        """Return in how many seconds `maintain` has something to do, >= 0; None: it never has."""
+        return self._visitors.due_in()
+
+    def wait(self, timeout: float) -> None:
+        """Block until the country of some observation may be known; see `CountryLookup.wait`.
+
+        Args:
+            timeout: Seconds, at most. It returns at once when no country is being asked for.
+        """
+        self._country_lookup.wait(timeout)
+
+    def wait_local(self, timeout: float) -> None:
+        """Block until no country is being asked for, but of HTTP services.
+
+        Args:
+            timeout: Seconds, at most.
+        """
+        self._country_lookup.wait_local(timeout)
+
+    def close(self) -> None:
+        """End the threads and forget the keys; the next observation brings them back.
+
+        Blocks at most a second for each slow country source that is at work.
+        """
+        self._country_lookup.close()
+        self._visitors.close()
 
     # ------------------------------------------------------------------------ what is remembered
 

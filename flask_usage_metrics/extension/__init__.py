@@ -155,6 +155,7 @@ class TrackUsage:
             country_lookup=country_lookup,
             trusted=settings.trusted_proxies,
             visitors=visitors.ids,
+            identifies=visitors.identifies,
             policy=policy,
         )
         traces = make_traces(
@@ -174,8 +175,6 @@ class TrackUsage:
                 faults=faults,
             ),
             enricher=enricher,
-            country_lookup=country_lookup,
-            visitor_keys=visitors.keys,
             tally=visitors.tally,
             totals=collector.totals,
             spans=None if traces is None else sinks[-1],

@@ -113,11 +113,13 @@ class Visitors(NamedTuple):
     """What tells visitors apart, by hash and by cookie, and what counts them.
 
     Attributes:
-        keys: Destroys keys of past days, also of those when they were made.
+        ids: Hashes visitors; destroys the keys of past days, also of those when it was asked to
+            hash and now is not.
+        identifies: Whether it is asked to.
     """
 
-    keys: VisitorIds
-    ids: VisitorIds | None = None
+    ids: VisitorIds
+    identifies: bool = False
     cookie: VisitorCookie | None = None
     tally: VisitorTally | None = None
 
@@ -126,15 +128,15 @@ def make_visitors(
     settings: Settings, policy: Policy, totals: Totals, key: str, faults: Faults
 ) -> Visitors:
     """Return the parts that have to do with visitors."""
-    keys = VisitorIds(totals.state, key, faults)
+    ids = VisitorIds(totals.state, key, faults)
     if not (settings.cookie or settings.daily_visitors):
-        return Visitors(keys)
+        return Visitors(ids)
     if not policy.keeps_visitors:
         logger.warning("TRACK_USAGE_PRIVACY = 'strict' keeps no visitors: they are not told apart")
-        return Visitors(keys)
+        return Visitors(ids)
     return Visitors(
-        keys,
-        keys if settings.daily_visitors else None,
+        ids,
+        settings.daily_visitors,
         VisitorCookie(policy.headers) if settings.cookie else None,
         VisitorTally(totals.state, key, faults),
     )

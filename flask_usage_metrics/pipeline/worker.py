@@ -11,9 +11,7 @@ from operator import attrgetter
 from time import monotonic, perf_counter
 from typing import TypeVar
 
-from flask_usage_metrics.enrich.country import CountryLookup
 from flask_usage_metrics.enrich.enricher import Enricher
-from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 from flask_usage_metrics.metrics.totals import CountedJournal, Totals
 from flask_usage_metrics.pipeline.checkpoints import Checkpoints, JournalEntry, JournalReader
@@ -56,8 +54,6 @@ class Pipeline:
         journal: Where `submit` leaves observations.
         worker_group: Tells of the siblings, and what the dead among them left.
         enricher: Makes records of observations.
-        country_lookup: Where the enricher looks up countries.
-        visitor_keys: What has to be destroyed in time.
         tally: Where visitors are counted.
         spans: What ends the spans of requests, one of the sinks; None: there are none.
         totals: Where records are counted.
@@ -74,8 +70,6 @@ class Pipeline:
         journal: Journal,
         worker_group: WorkerGroup,
         enricher: Enricher,
-        country_lookup: CountryLookup,
-        visitor_keys: VisitorIds,
         tally: VisitorTally | None,
         spans: Sink | None,
         totals: Totals,
@@ -88,8 +82,6 @@ class Pipeline:
         self._journal = journal
         self._worker_group = worker_group
         self._enricher = enricher
-        self._country_lookup = country_lookup
-        self._visitor_keys = visitor_keys
         self._tally = tally
         self._spans = spans
         self._totals = totals
@@ -123,8 +115,6 @@ class Pipeline:
         self._checkpoints.release()
         self._worker_group.reset_after_fork()
         self._enricher.reset_after_fork()
-        self._country_lookup.reset_after_fork()
-        self._visitor_keys.reset_after_fork()
         if self._tally is not None:
             self._tally.reset_after_fork()
         self._start_anew()
@@ -228,7 +218,7 @@ class Pipeline:
                 if self._wake.wait(_HEARTBEAT_SECONDS):
                     self._wake.clear()
             elif not self._wake.wait(self._idle_for()):
-                if self._visitor_keys.due_in() is not None:
+                if self._enricher.due_in() is not None:
                     continue  # there is still a key to be destroyed
                 with self._short:
                     if not self._awake:
@@ -240,7 +230,7 @@ class Pipeline:
 
     def _idle_for(self) -> float:
         """Return how many seconds there is nothing to do, unless a request comes."""
-        due = self._visitor_keys.due_in()
+        due = self._enricher.due_in()
         return self._idle_seconds if due is None else max(due, 0.0) + 0.1
 
     def _has_work(self) -> bool:
@@ -260,7 +250,7 @@ class Pipeline:
             self._process(grace)
 
     def _process(self, grace: float) -> None:
-        self._visitor_keys.maintain()
+        self._enricher.maintain()
         recovered = list(self._recover())
         waiting, self._unlocated = self._unlocated, []
         self._process_entries([*waiting, *recovered])
@@ -272,7 +262,7 @@ class Pipeline:
                 ]
                 self._process_chunk(entries, ())
         if grace and self._unlocated:
-            self._country_lookup.wait_local(grace)
+            self._enricher.wait_local(grace)
             waiting, self._unlocated = self._unlocated, []
             self._process_entries(waiting)
         self._totals.sync()
@@ -419,7 +409,7 @@ class Pipeline:
             remaining = deadline - monotonic()
             if located or remaining <= 0:
                 break
-            self._country_lookup.wait(min(remaining, 0.1))
+            self._enricher.wait(min(remaining, 0.1))
         flushed = [sink.flush(deadline) for sink in self._sinks]
         with self._lock:
             self._totals.sync()
@@ -446,8 +436,7 @@ class Pipeline:
             self._checkpoints.release()
             self._totals.close()
             self._worker_group.end()
-        self._country_lookup.close()
-        self._visitor_keys.close()
+        self._enricher.close()
         if self._tally is not None:
             self._tally.close()
 

@@ -102,6 +102,7 @@ def work(home: Path) -> tuple[Work, Work]:
             country_lookup=country_lookup,
             trusted=TrustedProxies(()),
             visitors=visitors,
+            identifies=True,
             policy=policy,
         )
         origin = enricher.origin

@@ -300,7 +300,7 @@ def test_a_key_is_destroyed_in_time_though_nobody_comes(make_site: Make) -> None
     state = site.app.config["TRACK_USAGE_STATE_DIR"]
     (file,) = state.glob("*/visitors-*/*.key")
     key = file.read_bytes()
-    keys = site.app.extensions["track_usage"].pipeline._visitor_keys
+    keys = site.app.extensions["track_usage"].pipeline._enricher._visitors
     due_in = keys.due_in()
     assert due_in is not None
     keys._clock = lambda: time.time() + due_in - 1.0
