@@ -9,7 +9,9 @@ median, in milliseconds of the CPU time of the whole process, or of a clock:
 - *first visitor's wait*: the first request by the clock;
 - *first batch*: what is done behind that visitor's back, in a thread of ours or when spans are
   exported;
-- *slowest request meanwhile*: of visitors who come during that, by the clock.
+- *slowest request meanwhile*: of visitors who come during that, by the clock;
+- *start of a plain app*: all imports but Flask's, set-up and first request, over the bare app's,
+  in an app that imports neither prometheus_client nor SQLAlchemy itself.
 
 Where it goes: ``python -X importtime -c 'import flask_usage_metrics'``.
 """
@@ -50,7 +52,8 @@ def measure(quick: bool) -> list[Figure]:
             run(who)  # leaves byte code
         for _ in range(1 if quick else 9):
             for who in WHO:
-                found[who].append({**run(who), **run(who, "--busy")})
+                plain = {f"plain, {what}": took for what, took in run(who, "--plain").items()}
+                found[who].append({**run(who), **run(who, "--busy"), **plain})
 
     def milliseconds(what: str) -> dict[str, float]:
         return {
@@ -73,6 +76,13 @@ def measure(quick: bool) -> list[Figure]:
     ]
     for what in ("first visitor's wait", "first batch, CPU", "slowest request meanwhile"):
         figures += [Figure(what, who, took, "ms") for who, took in milliseconds(what).items()]
+    for clock in ("CPU", "wall"):
+        took = milliseconds(f"plain, start, {clock}")
+        figures += [
+            Figure(f"start of a plain app over {BARE}, {clock}", who, took[who] - took[BARE], "ms")
+            for who in took
+            if who != BARE
+        ]
     return figures
 
 
@@ -83,10 +93,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("who", choices=WHO)
     parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     given = parser.parse_args()
 
-    for name in ("flask", "prometheus_client", "sqlalchemy"):
+    for name in () if given.plain else ("prometheus_client", "sqlalchemy"):
         import_module(name)
+    start_cpu, start = process_time(), perf_counter()
     cpu, wall = process_time(), perf_counter()
     for name in IMPORTED[given.who]:
         import_module(name)
@@ -101,6 +113,7 @@ def main() -> None:
     serve(app, asked[0])
     told["first visitor's wait"] = perf_counter() - wall
     told["set-up and first request"] = process_time() - cpu
+    told |= {"start, CPU": process_time() - start_cpu, "start, wall": perf_counter() - start}
     if given.busy:
         told = {"slowest request meanwhile": slowest(app, asked, meanwhile=flush)}
     else:

@@ -3,7 +3,7 @@
 Each process is fresh. What is told is its resident set, in MB of 10^6 bytes, when what was captured
 is folded and written, and the garbage collected. *At rest* means that its app has answered one
 request. Beside the libraries means that the bare app imports prometheus_client and SQLAlchemy too,
-as any app with metrics and a database does.
+as any app with metrics and a database does; elsewhere it is a plain app, which imports neither.
 
 A worker that gunicorn forks with ``--preload`` shares pages with its parent: told besides is what
 such a worker has for itself (``Private`` in smaps), also after one request.
