@@ -25,6 +25,7 @@ from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.extension import settings as configuration
 from flask_usage_metrics.extension.wiring import (
     Traces,
+    configure_storages,
     join_totals,
     make_pseudonyms,
     make_sinks,
@@ -142,11 +143,13 @@ class TrackUsage:
         if settings.metrics_path is not None:
             _add_route(app, settings.metrics_path, lambda: exposition.answer(request))
         key = join_totals(collector.totals, app, settings, writers)
+        pseudonyms = make_pseudonyms(app, collector.totals, faults)
+        configure_storages(writers, settings, pseudonyms)
         policy = Policy(
             settings.privacy,
             settings.redact,
             respects_refusals=settings.respect_gpc,
-            pseudonyms=make_pseudonyms(app, writers, collector.totals, faults),
+            pseudonyms=pseudonyms,
         )
         visitors = make_visitors(settings, policy, collector.totals, key, faults)
         enricher = Enricher(

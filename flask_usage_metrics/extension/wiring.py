@@ -54,10 +54,16 @@ def make_writers(given: Any, settings: Settings, app: Flask) -> list[Writer]:
     writers = [as_writer(item, where) for item in items]
     for writer in writers:
         writer.bind_app(app)
-        if isinstance(writer, Storage):
-            # So that quantiles of records and of the histogram come from the same buckets.
-            writer.bounds = settings.shape.buckets
     return writers
+
+
+def configure_storages(
+    writers: Sequence[Writer], settings: Settings, pseudonyms: Pseudonyms
+) -> None:
+    """Tell the storages that can be read what this app's settings say of reading."""
+    for writer in writers:
+        if isinstance(writer, Storage):
+            writer.configure(bounds=settings.shape.buckets, pseudonyms=pseudonyms.all)
 
 
 def make_sinks(
@@ -142,10 +148,8 @@ def make_visitors(
     )
 
 
-def make_pseudonyms(
-    app: Flask, writers: Sequence[Writer], totals: Totals, faults: Faults
-) -> Pseudonyms:
-    """Return what user names become where they are not kept; storages look for both."""
+def make_pseudonyms(app: Flask, totals: Totals, faults: Faults) -> Pseudonyms:
+    """Return what user names become where they are not kept."""
 
     def keys() -> list[bytes]:
         given = [app.secret_key, *(app.config.get("SECRET_KEY_FALLBACKS") or ())]
@@ -159,11 +163,7 @@ def make_pseudonyms(
             faults.report("pseudonyms", error, "no user names are kept; set SECRET_KEY")
             return []
 
-    pseudonyms = Pseudonyms(keys)
-    for writer in writers:
-        if isinstance(writer, Storage):
-            writer.pseudonyms = pseudonyms.all
-    return pseudonyms
+    return Pseudonyms(keys)
 
 
 class Traces(NamedTuple):

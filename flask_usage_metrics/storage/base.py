@@ -36,14 +36,30 @@ class Storage(Writer):
     overrides only `set_up`, `store` and `_get_usage`; then only `get_usage` can be read.
 
     Attributes:
-        bounds: Upper bounds of the buckets that quantiles are estimated from, in seconds.
-        pseudonyms: Returns other names a user's records may be kept under; set by the extension
-            when user names are pseudonymised.
+        bounds: Upper bounds of the buckets that quantiles are estimated from, seconds, ascending;
+            in an app those of its histogram. See `configure`.
+        pseudonyms: Returns the pseudonyms a user's records may be kept under instead of the name;
+            None: there are none. See `configure`.
     """
 
     bounds: Sequence[float] = BUCKETS
     pseudonyms: Callable[[str], Sequence[str]] | None = None
     _has_sums = True
+
+    def configure(
+        self,
+        *,
+        bounds: Sequence[float],
+        pseudonyms: Callable[[str], Sequence[str]] | None,
+    ) -> None:
+        """Take what the settings of an app say of reading; called when the app is set up.
+
+        Args:
+            bounds: See the attribute.
+            pseudonyms: See the attribute.
+        """
+        self.bounds = bounds
+        self.pseudonyms = pseudonyms
 
     def select(self, wanted: Filter, order: Order, limit: int | None) -> Iterator[UsageRecord]:
         """Yield the wanted records by (started_at, id); for subclasses."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.front_door import Site
 from helpers.records import START, make_record, make_records
 
 from flask_usage_metrics.errors import ConfigError, RecordsRejected
@@ -222,6 +223,22 @@ def test_a_storage_that_adds_up_by_itself_need_not_know_of_visitors() -> None:
     assert [row["visitor"] for row in storage.get_sum("sumVisitor")["hour"]] == ["v", "w"]
     with pytest.raises(TypeError, match="visitors"):
         storage.summarize((), visitors=True)
+
+
+def test_an_app_configures_storages_that_do_not_call_our_constructor(
+    make_site: Callable[..., Site],
+) -> None:
+    adding, remembering = Adding(), Remembering(3)
+    site = make_site([adding, remembering], BUCKETS=(0.5, 1.0), PRIVACY="strict")
+    for storage in (adding, remembering):
+        assert storage.bounds == (0.5, 1.0)
+        assert storage.pseudonyms is not None
+        assert storage.wanted(None, None, {"username": "ann"}).any_of["username"][1:]
+    assert Adding().bounds == Storage.bounds
+    assert Adding().pseudonyms is None
+    site.get("/")
+    assert site.usage.flush()
+    assert len(adding.kept) == len(remembering.items) == 1
 
 
 def test_a_storage_without_a_name_is_named_after_its_class() -> None:
