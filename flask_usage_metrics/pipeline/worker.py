@@ -21,7 +21,7 @@ from flask_usage_metrics.pipeline.worker_group import WorkerGroup
 from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.gil import pause
+from flask_usage_metrics.runtime.gil import release_gil
 
 METRICS_SINK = "metrics"
 """Value of the label ``sink`` for the totals behind the metrics themselves."""
@@ -369,7 +369,7 @@ class Pipeline:
             yield step
             if perf_counter() >= until:
                 if not self._journal.is_filling():
-                    pause()
+                    release_gil()
                 until = perf_counter() + _STEP_SECONDS
 
     def _has_span(self, seen: Observation) -> bool:

@@ -1,4 +1,4 @@
-"""Failures of our own: logged once per kind, counted always, never raised."""
+"""Failures inside this package: counted each time, logged once per kind, never raised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 logger = logging.getLogger("flask_usage_metrics")
 
 QUIET_SECONDS = 300.0
-"""A fault of the same kind is logged again after this long at the earliest."""
+"""A fault of the same kind is logged at most once in this time."""
 
 
 class Faults:

@@ -1,4 +1,4 @@
-"""Keeps a process from forking while a thread of ours is inside SQLite, or in a transaction."""
+"""A lock that keeps the process from forking while one of our threads uses SQLite."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _PATIENCE_SECONDS = 0.5
-"""How long a fork waits; a batch is inserted in 5 ms, but a summary of everything may take any
-time. Then it goes on, and takes the chance that the child hangs."""
+"""How long a fork waits for the threads inside. A batch is inserted in some ms, but a summary of
+everything may take any time: then the fork goes on, at the risk that the child hangs."""
 
 
 class ForkGate:
-    """What threads are inside of, one by one or together, and forks wait for.
+    """A shared/exclusive lock: threads that use SQLite share it; `os.fork` takes it exclusively.
 
-    SQLite has locks of its own for a whole process. A child that is forked while a thread of its
-    parent holds one inherits it locked for ever: it hangs at whatever it does with SQLite next,
-    the app's own databases included. (Measured: 42 of 300 children of a process that writes
-    without a break.) And what its parent had locked in a database it takes to be locked by itself,
+    SQLite has locks for the whole process. A child forked while a thread of its parent holds one
+    inherits it locked for ever, and hangs at whatever it does with SQLite next, the app's own
+    databases included. It also takes what its parent had locked in a file to be locked by itself,
     so that the file may be damaged.
 
-    Threads that come while a fork waits let it go first: it comes soon.
+    A fork waits 0.5 s at most; threads that come while it waits let it go first.
     """
 
     def __init__(self) -> None:
@@ -32,14 +31,14 @@ class ForkGate:
             )
 
     def _start(self) -> None:
-        # Of a lock that its holder may take again: a signal may interrupt it with a fork.
+        # Reentrant: a signal handler that forks may interrupt the holder.
         self._changed = threading.Condition(threading.RLock())
         self._inside: set[object] = set()
         self._forking = 0
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Be inside, as soon as nobody forks; not for threads that are inside already."""
+        """Hold the lock, shared; blocks while a fork is under way. Not reentrant."""
         one = object()
         with self._changed:
             self._changed.wait_for(lambda: not self._forking, _PATIENCE_SECONDS)
@@ -48,7 +47,7 @@ class ForkGate:
             yield
         finally:
             with self._changed:
-                self._inside.discard(one)  # which a child, forked from in here, knows nothing of
+                self._inside.discard(one)  # not there in a child forked from in here
                 self._changed.notify_all()
 
     def _close(self) -> None:
@@ -58,10 +57,10 @@ class ForkGate:
 
     def _open(self) -> None:
         with self._changed:
-            # Not below zero: an interrupt may have come before this fork was counted.
+            # Not below zero: an interrupt may have prevented the count in _close.
             self._forking = max(self._forking - 1, 0)
             self._changed.notify_all()
 
 
 FORK_GATE = ForkGate()
-"""One for the process, as SQLite's own locks are."""
+"""One for the process, as SQLite's locks are."""

@@ -1,4 +1,4 @@
-"""How a thread of ours gives the interpreter away while it computes."""
+"""How a thread that computes yields the interpreter lock."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from helpers.records import make_record
 
-from flask_usage_metrics.runtime import gil as pacing
+from flask_usage_metrics.runtime import gil
 from flask_usage_metrics.storage.sql.table import to_columns
 
 
@@ -15,18 +15,18 @@ from flask_usage_metrics.storage.sql.table import to_columns
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the pauses that were made; none of them lasts."""
     made: list[float] = []
-    monkeypatch.setattr(pacing, "sleep", made.append)
-    monkeypatch.setattr(pacing, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(gil, "sleep", made.append)
+    monkeypatch.setattr(gil, "perf_counter", lambda: 0.0)
     return made
 
 
 def test_steps_hold_everything_with_pauses_in_between(pauses: list[float]) -> None:
-    pacer = pacing.GilYielder()
-    steps = [*pacer.steps(range(10), 4)]
+    yielder = gil.GilYielder()
+    steps = [*yielder.steps(range(10), 4)]
     assert [[*step] for step in steps] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert len(pauses) == 2
-    assert [*pacer.steps([], 4)] == []
-    assert [*pacer.steps("abcd", 4)] == ["abcd"]
+    assert [*yielder.steps([], 4)] == []
+    assert [*yielder.steps("abcd", 4)] == ["abcd"]
     assert len(pauses) == 2
 
 
@@ -38,14 +38,14 @@ def test_after_a_long_pause_there_are_no_more(monkeypatch: pytest.MonkeyPatch) -
         nonlocal now
         now += seconds.pop(0)
 
-    monkeypatch.setattr(pacing, "sleep", sleep)
-    monkeypatch.setattr(pacing, "perf_counter", lambda: now)
-    pacer = pacing.GilYielder()
-    assert [*pacer.steps(range(6), 1)] == [range(number, number + 1) for number in range(6)]
-    assert [*pacer.steps(range(6), 3)] == [range(3), range(3, 6)]
+    monkeypatch.setattr(gil, "sleep", sleep)
+    monkeypatch.setattr(gil, "perf_counter", lambda: now)
+    yielder = gil.GilYielder()
+    assert [*yielder.steps(range(6), 1)] == [range(number, number + 1) for number in range(6)]
+    assert [*yielder.steps(range(6), 3)] == [range(3), range(3, 6)]
     assert seconds == []
     with pytest.raises(IndexError):
-        [*pacing.GilYielder().steps(range(2), 1)]
+        [*gil.GilYielder().steps(range(2), 1)]
 
 
 def test_rows_are_the_same_however_many_there_are(pauses: list[float]) -> None:
