@@ -14,7 +14,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from flask_usage_metrics.capture import track_var
 from flask_usage_metrics.capture.context import ContextReader
-from flask_usage_metrics.capture.middleware import Capture
+from flask_usage_metrics.capture.middleware import Middleware
+from flask_usage_metrics.capture.observer import Observer
 from flask_usage_metrics.capture.scope import Marks, Scope
 from flask_usage_metrics.capture.users import Users
 from flask_usage_metrics.enrich.country import make_country_lookup
@@ -195,10 +196,9 @@ class TrackUsage:
             never=settings.exclude,
             own=(METRICS_ENDPOINT,),
         )
-        capture = Capture(
+        observer = Observer(
             app,
             scope=scope,
-            begin=_begin(pipeline),
             submit=pipeline.submit,
             lose=pipeline.lose,
             context_reader=ContextReader(
@@ -210,10 +210,11 @@ class TrackUsage:
             headers=enricher.headers,
             faults=faults,
         )
+        middleware = Middleware(app, observer, start=_start(pipeline))
         track_var.install(app)
-        app.wsgi_app = capture.wsgi_app  # type: ignore[method-assign]
+        app.wsgi_app = middleware.wsgi_app  # type: ignore[method-assign]
         tracking = Tracking(
-            self, wanted, writers, exposition, capture, pipeline, visitors.tally, traces, faults
+            self, wanted, writers, exposition, middleware, pipeline, visitors.tally, traces, faults
         )
         app.extensions[EXTENSION] = tracking
         collector.totals.watch(tracking, faults)
@@ -313,7 +314,7 @@ class Tracking:
         storage: Any,
         writers: Sequence[Writer],
         exposition: Exposition,
-        capture: Capture,
+        middleware: Middleware,
         pipeline: Pipeline,
         tally: VisitorTally | None,
         traces: Traces | None,
@@ -323,7 +324,7 @@ class Tracking:
         self.storage = storage
         self.writers = writers
         self.exposition = exposition
-        self.capture = capture
+        self.middleware = middleware
         self.pipeline = pipeline
         self.traces = traces
         self.faults = faults
@@ -332,14 +333,14 @@ class Tracking:
         self.pending = pipeline.pending
         self.up = pipeline.up
         self.is_journaled = pipeline.is_journaled
-        self.in_progress = capture.in_progress
+        self.in_progress = middleware.observer.in_progress
         self.visitors = (lambda: None) if tally is None else tally.today
 
     def reset_after_fork(self) -> None:
         """Start anew in a forked child: locks, threads, and what the parent will write."""
         self.faults.reset_after_fork()
         self.pipeline.reset_after_fork()
-        self.capture.reset_after_fork()
+        self.middleware.reset_after_fork()
         if self.traces is not None:
             self.traces.tracing.reset_after_fork()
 
@@ -367,16 +368,16 @@ def _at_fork(totals: Totals, tracking: Tracking) -> None:
     os.register_at_fork(after_in_child=reset)
 
 
-def _begin(pipeline: Pipeline) -> Callable[[bool, bool], Callable[[], None] | None]:
+def _start(pipeline: Pipeline) -> Callable[[bool, bool], Callable[[], None] | None]:
     """Return what gets a process ready for its first request."""
 
-    def begin(multiprocess: bool, ends: bool) -> Callable[[], None] | None:
+    def start(multiprocess: bool, ends: bool) -> Callable[[], None] | None:
         # So late, for exit handlers run in reverse order: ours has to come before that of a
         # tracer provider, which the app has made by now.
         _at_exit(pipeline)
         return pipeline.begin(multiprocess, ends)
 
-    return begin
+    return start
 
 
 def _at_exit(pipeline: Pipeline) -> None:

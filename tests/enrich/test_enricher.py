@@ -74,7 +74,7 @@ def test_a_body_is_over_when_as_much_is_sent_as_was_said(
         start_response("200 OK", [("Content-Type", "text/plain"), (name, value)])
         return iter([b"he", b"llo"])
 
-    site.app.extensions["track_usage"].capture._wsgi_app = answer
+    site.app.extensions["track_usage"].middleware._wsgi_app = answer
     environ = EnvironBuilder("/").get_environ()
     body = site.app.wsgi_app(environ, lambda status, headers, exc_info=None: len)
     chunks = iter(body)

@@ -66,7 +66,7 @@ def test_a_clock_that_is_far_off_loses_no_record(
     site = make_site()
     site.app.add_url_rule("/", "index", lambda: "hello")
     site.get()
-    monkeypatch.setattr("flask_usage_metrics.capture.middleware.time_ns", lambda: clock)
+    monkeypatch.setattr("flask_usage_metrics.capture.exchange.time_ns", lambda: clock)
     site.get()
     monkeypatch.undo()
     site.get()

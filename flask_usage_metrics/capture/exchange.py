@@ -1,0 +1,343 @@
+"""One request and its response: the Exchange wraps start_response and the body, and ends once.
+
+The status, the bytes and the exception are final only at the WSGI boundary: another hook may
+replace the response after ours, and the server may take only a part of the body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from time import perf_counter_ns, time_ns
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from flask import Request
+from werkzeug.wsgi import ClosingIterator, FileWrapper
+
+from flask_usage_metrics.capture.context import RequestContext
+from flask_usage_metrics.capture.observer import Observer
+from flask_usage_metrics.capture.response_head import LENGTHS, STATUSES
+from flask_usage_metrics.capture.track_var import TRACK_VAR
+from flask_usage_metrics.capture.visitor_cookie import Headers
+from flask_usage_metrics.records.observation import (
+    MAX_JSON_BYTES,
+    Extras,
+    Observation,
+    encode_json,
+    environ_texts,
+)
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType]
+
+_PROXY_FIX = "werkzeug.proxy_fix.orig"
+"""Where Werkzeug's ProxyFix keeps the environ's values that it has replaced."""
+
+
+class Exchange:
+    """One request and its response; passed to the server as the body's iterable where need be.
+
+    Hands one `Observation` to the observer if the request is tracked, and takes itself out of the
+    observer's live set, when the first of these happens: all announced bytes were handed to the
+    server, the body ended, was closed, or raised. Never raises an error of its own.
+
+    Args:
+        observer: Of the app.
+        environ: Of the request, nothing of which is routed yet.
+        start_response: The server's.
+
+    Attributes:
+        exception: Class name of the exception that no error handler answered; None: none.
+    """
+
+    # Slots without class defaults are the fastest to read: see tests/benchmarks/README.md.
+    __slots__ = (
+        "_body",
+        "_clock",
+        "_context",
+        "_environ",
+        "_expected",
+        "_next",
+        "_observer",
+        "_ready",
+        "_request",
+        "_sent",
+        "_start_response",
+        "_started_ns",
+        "_status",
+        "_write",
+        "exception",
+    )
+
+    def __init__(
+        self, observer: Observer, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> None:
+        self._started_ns = time_ns()
+        self._clock = perf_counter_ns()
+        self._observer = observer
+        self._environ: WSGIEnvironment | None = environ
+        self._start_response = start_response
+        self._request: Request | None = None
+        self._context: RequestContext | None = None
+        self._status = ""
+        self._expected: int | None = None
+        self._sent = 0
+        self._ready: Iterator[bytes] | None = None
+        self.exception: str | None = None
+
+    def read_context(self, environ: WSGIEnvironment) -> RequestContext:
+        """Return the facts that only some apps ask for, to be found while the request runs."""
+        self._context = RequestContext(self._observer.context_reader, environ, self._started_ns)
+        return self._context
+
+    # ---------------------------------------------------------------- called by Flask
+
+    def start_response(
+        self,
+        status: str,
+        headers: Headers,
+        exc_info: ExcInfo | tuple[None, None, None] | None = None,
+    ) -> Callable[[bytes], object]:
+        """Pass status and headers on to the server (PEP 3333); note status, length and route.
+
+        Flask calls it while the request's context is alive. Adds the visitor's cookie to the
+        headers where the app asks for one.
+        """
+        self._status = status
+        self._expected = None
+        for name, value in headers:
+            # The usual spelling first: it needs no call.
+            if len(name) == 14 and (name == "Content-Length" or name.lower() == "content-length"):
+                self._expected = LENGTHS[value]
+                break
+        environ = self._environ
+        if environ is not None:
+            if "werkzeug.request" in environ:
+                learned = environ["werkzeug.request"]
+                # Werkzeug's test client leaves a request of another class there.
+                if isinstance(learned, Request):
+                    self._request = learned
+            if self._context is not None:
+                headers = self._inform(self._context, environ, headers)
+        if exc_info is None:
+            self._write = self._start_response(status, headers)
+        else:
+            self._write = self._start_response(status, headers, exc_info)
+        return self.write
+
+    def write(self, data: bytes) -> object:
+        """Pass bytes on to the server (PEP 3333, the write callable of old applications)."""
+        self._sent += len(data)
+        return self._write(data)
+
+    def learn(self, learned: Request) -> None:
+        """Keep the routed request, and find what needs its context; call while that is alive."""
+        self._request = learned
+        context, environ = self._context, self._environ
+        if context is not None and environ is not None and self.is_tracked():
+            context.learn(learned, environ)
+
+    def _inform(
+        self, context: RequestContext, environ: WSGIEnvironment, headers: Headers
+    ) -> Headers:
+        """Find the facts that the app asks for; return the headers, with a cookie if need be."""
+        if self._request is not None and self.is_tracked():
+            context.learn(self._request, environ)
+            context.greet(environ, headers)
+        return context.headers(headers, environ)
+
+    # ---------------------------------------------------------------- called by the server
+
+    def attach(self, body: Iterable[bytes]) -> Iterable[bytes]:
+        """Return the iterable for the server: the body itself if it is complete, else ourselves.
+
+        Where a Content-Length was announced, the first chunk is fetched here. If it is the whole
+        body, the exchange ends before the server sends it: the server then iterates over a plain
+        iterator, and a client that reads no further is counted all the same.
+        """
+        environ = self._environ
+        if environ is None:
+            return body
+        if type(body) is not ClosingIterator:  # Werkzeug's class for all bodies but files
+            if isinstance(body, (list, tuple)):
+                self._sent += sum(map(len, body))
+                self.finish()
+                return body
+            if _is_file(body, environ):
+                # Not wrapped, so that the server recognises its own class and uses sendfile.
+                self._sent = self._expected or 0
+                self.finish()
+                return body
+            chunks = iter(body)
+        else:
+            chunks = body
+        self._body = body
+        proceed = chunks.__next__
+        if self._context is not None:
+            proceed = partial(self._context.run, proceed)
+        self._next = proceed
+        expected = self._expected
+        if expected is None:
+            return self
+        try:
+            chunk = proceed()
+        except StopIteration:
+            self._ready = iter(())
+            self.finish()
+        except BaseException as error:
+            self.fail(error)
+            self.close()
+            raise
+        else:
+            sent = self._sent + len(chunk)
+            self._sent = sent
+            self._ready = iter((chunk,))
+            if sent >= expected:
+                self.finish()
+        return self
+
+    def __iter__(self) -> Iterator[bytes]:
+        ready = self._ready
+        if ready is None:
+            return self
+        self._ready = None
+        return ready if self._environ is None else chain(ready, self)
+
+    def __next__(self) -> bytes:
+        try:
+            chunk = self._next()
+        except StopIteration:
+            self.finish()
+            raise
+        except BaseException as error:
+            if self._sent:
+                self.exception = type(error).__name__
+                self.finish()
+            else:  # not even the status was sent (PEP 3333), so the server answers 500
+                self.fail(error)
+            raise
+        self._sent += len(chunk)
+        if self._expected is not None and self._sent >= self._expected:
+            self.finish()
+        return chunk
+
+    def close(self) -> None:
+        """End the exchange, whether or not all was sent, and close the body."""
+        if self._environ is not None:
+            self.finish()
+        try:
+            close = self._body.close  # type: ignore[attr-defined]
+        except AttributeError:
+            return
+        if self._context is None:
+            close()
+        else:
+            self._context.run(close)
+
+    # ---------------------------------------------------------------- the end, once
+
+    def is_of(self, environ: WSGIEnvironment) -> bool:
+        """Tell whether this is the exchange of the environ itself, not of one it is copied from."""
+        return self._environ is environ
+
+    def is_tracked(self) -> bool:
+        """Tell whether the request is tracked, by the route known so far; False once ended."""
+        environ = self._environ
+        if environ is None:
+            return False
+        learned = self._request or environ.get("werkzeug.request")
+        rule = learned.url_rule if isinstance(learned, Request) else None
+        return self._observer.scope.tracks(None if rule is None else rule.endpoint, environ)
+
+    def fail(self, error: BaseException) -> None:
+        """End the exchange as a 500: the exception reaches the server, which answers so."""
+        self._status = "500"
+        self._sent = 0
+        self.exception = type(error).__name__
+        self.finish()
+
+    def finish(self) -> None:
+        """End the exchange: submit its observation if it is tracked. Later calls do nothing."""
+        environ = self._environ
+        if environ is None:
+            return
+        duration_ns = perf_counter_ns() - self._clock
+        observer = self._observer
+        try:
+            learned = self._request or observer.match(environ)
+            matched = None if learned is None else learned.url_rule
+            endpoint = None if matched is None else matched.endpoint
+            scope = observer.scope
+            # The set first: it saves a call.
+            if endpoint in scope.tracked or scope.tracks(endpoint, environ):
+                view_args = extras = None
+                if learned is not None and learned.view_args:
+                    view_args = encode_json(learned.view_args)
+                    if len(view_args) > MAX_JSON_BYTES:
+                        view_args = None
+                        self._report_too_large("view_args")
+                if (
+                    self._context is not None
+                    or self.exception is not None
+                    or "HTTP_AUTHORIZATION" in environ
+                    or TRACK_VAR in environ
+                    or _PROXY_FIX in environ
+                ):
+                    extras = self._extras(environ, learned)
+                observer.submit(
+                    Observation(
+                        self._started_ns,
+                        duration_ns,
+                        environ_texts(environ, observer.headers),
+                        endpoint,
+                        None if matched is None else matched.rule,
+                        view_args,
+                        STATUSES[self._status],
+                        self._sent,
+                        extras,
+                    )
+                )
+        except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
+            observer.faults.report("capture", error, "a request was not counted")
+            observer.lose()
+        finally:
+            observer.live.discard(self)
+            # The environ refers to us: the cycle would live until the garbage collector runs.
+            self._environ = self._request = None
+
+    def _extras(self, environ: WSGIEnvironment, learned: Request | None) -> Extras:
+        peer = username = consumer = track_var = visitor = trace = None
+        authorization = False
+        if learned is not None and "HTTP_AUTHORIZATION" in environ:
+            authorization, username = self._observer.context_reader.users.authorized(learned)
+        if self._context is not None:
+            known = self._context
+            consumer, visitor, trace = known.consumer, known.visitor, known.end_trace()
+            username = username if known.username is None else known.username
+        if _PROXY_FIX in environ:
+            peer = (environ[_PROXY_FIX] or {}).get("REMOTE_ADDR")
+        if TRACK_VAR in environ:
+            track_var = encode_json(environ[TRACK_VAR])
+            if len(track_var) > MAX_JSON_BYTES:
+                track_var = None
+                self._report_too_large("track_var")
+        return Extras(
+            peer, self.exception, authorization, username, track_var, visitor, consumer, trace
+        )
+
+    def _report_too_large(self, part: str) -> None:
+        error = f"larger than {MAX_JSON_BYTES} bytes as JSON"
+        self._observer.faults.report(part, error, "it is left out of a record")
+
+
+def _is_file(body: Iterable[bytes], environ: WSGIEnvironment) -> bool:
+    """Tell whether the server may send the body from a file (PEP 3333, wsgi.file_wrapper)."""
+    wrapper = environ.get("wsgi.file_wrapper")
+    if isinstance(body, FileWrapper) or (isinstance(wrapper, type) and isinstance(body, wrapper)):
+        return True
+    # uWSGI's wrapper is a function that returns the file object it was given.
+    return wrapper is not None and hasattr(body, "read")
