@@ -9,7 +9,8 @@ from operator import ge
 import msgspec
 
 from flask_usage_metrics.pipeline.delivery.sink import Sink
-from flask_usage_metrics.pipeline.journal import Journal, JournalFile
+from flask_usage_metrics.pipeline.journal import Journal
+from flask_usage_metrics.pipeline.journal_file import JournalFile
 from flask_usage_metrics.pipeline.worker_group import WorkerGroup
 from flask_usage_metrics.records.observation import Observation, Origin
 
@@ -121,9 +122,9 @@ class Checkpoints:
                 break
             self._open.popleft()
             if reader is self.own:
-                self._journal.release(sequence)
+                self._journal.truncate(sequence)
             else:
-                reader.file.release(sequence)
+                reader.file.truncate(sequence)
         for reader in list(self._recovered):
             waits = any(open[1] is reader for open in self._open)
             if not waits and not any(entry.reader is reader for entry in waiting):

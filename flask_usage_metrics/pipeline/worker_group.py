@@ -9,7 +9,7 @@ from time import monotonic
 
 from flask_usage_metrics.metrics.totals import Totals
 from flask_usage_metrics.pipeline.delivery.spool import Spool
-from flask_usage_metrics.pipeline.journal import JournalFile
+from flask_usage_metrics.pipeline.journal_file import JournalFile
 from flask_usage_metrics.records.observation import Origin
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.private_files import StateUnavailable

@@ -21,8 +21,9 @@ from helpers.front_door import Site, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flask_usage_metrics.pipeline.journal import Journal, JournalFile, Origin
-from flask_usage_metrics.records.observation import ENVIRON_KEYS, Extras, Observation
+from flask_usage_metrics.pipeline.journal import Journal
+from flask_usage_metrics.pipeline.journal_file import JournalFile
+from flask_usage_metrics.records.observation import ENVIRON_KEYS, Extras, Observation, Origin
 from flask_usage_metrics.storage.sql import SQLStorage
 
 SIZE = 4096
@@ -78,7 +79,6 @@ def test_frames_survive_a_kill_and_only_one_gets_them(tmp_path: Path) -> None:
     import sys
     sys.path[:0] = [sys.argv[2], sys.argv[2] + "/pipeline"]
     from test_journal import *
-    from flask_usage_metrics.pipeline.journal import Journal
     journal = Journal(1000)
     journal.file = JournalFile.create(Path(sys.argv[1]), ORIGIN)
     for number in range(1, 301):
@@ -107,11 +107,11 @@ def test_frames_survive_a_kill_and_only_one_gets_them(tmp_path: Path) -> None:
     assert JournalFile.recover(path, ORIGIN.app) is None
 
 
-def test_what_is_released_or_marked_is_so_for_who_adopts(tmp_path: Path) -> None:
+def test_what_is_truncated_or_marked_is_so_for_who_recovers(tmp_path: Path) -> None:
     file = JournalFile.create(tmp_path, ORIGIN, SIZE)
     for number in range(1, 7):
         assert file.append(number, payload(seen(number)))
-    file.release(2)
+    file.truncate(2)
     file.mark([3, 4], 1)
     file.mark([5], 2)
     file.committed = 1
@@ -120,11 +120,11 @@ def test_what_is_released_or_marked_is_so_for_who_adopts(tmp_path: Path) -> None
     recovered = JournalFile.recover(path, ORIGIN.app)
     assert recovered is not None
     assert recovered.committed == 1
-    assert [(s, fold) for s, fold, _ in recovered.entries()] == [(3, 1), (4, 1), (5, 2), (6, 0)]
-    recovered.release(5)
+    assert [(s, commit) for s, commit, _ in recovered.entries()] == [(3, 1), (4, 1), (5, 2), (6, 0)]
+    recovered.truncate(5)
     assert [number for number, _ in frames(recovered)] == [6]
     assert not recovered.is_empty()
-    recovered.release(6)
+    recovered.truncate(6)
     assert recovered.is_empty()
     recovered.close(remove=True)
 
@@ -145,7 +145,7 @@ def test_a_forked_child_neither_unlocks_nor_changes_its_parents_file(tmp_path: P
     assert JournalFile.recover(path, ORIGIN.app) is None
     assert len(journal) == 1
     journal.close()
-    assert path.exists()  # there is something unsettled in it
+    assert path.exists()  # there is something in it that is not durable
 
 
 def test_the_file_is_unlocked_and_closed_with_the_last_reference(tmp_path: Path) -> None:
@@ -172,12 +172,12 @@ def test_the_file_is_unlocked_and_closed_with_the_last_reference(tmp_path: Path)
     st.lists(
         st.one_of(
             st.tuples(st.just("append"), st.integers(0, 110)),
-            st.tuples(st.just("release"), st.integers(0, 8)),
+            st.tuples(st.just("truncate"), st.integers(0, 8)),
         ),
         max_size=60,
     )
 )
-def test_entries_are_what_was_appended_and_not_released(actions: list[tuple[str, int]]) -> None:
+def test_entries_are_what_was_appended_and_not_truncated(actions: list[tuple[str, int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = JournalFile.create(Path(folder), ORIGIN, SIZE)
         model: list[tuple[int, Observation]] = []
@@ -194,7 +194,7 @@ def test_entries_are_what_was_appended_and_not_released(actions: list[tuple[str,
             elif model:
                 through = model[min(amount, len(model) - 1)][0]
                 model = [kept for kept in model if kept[0] > through]
-                file.release(through)
+                file.truncate(through)
             assert frames(file) == model
             assert file.is_empty() == (not model)
         file.close(remove=False)
@@ -216,7 +216,7 @@ def test_a_full_ring_refuses_and_goes_round_when_there_is_room_again(tmp_path: P
     assert not file.append(number + 1, payload(seen(number + 1, "z" * 30)))
     assert frames(file) == kept
     for round_ in range(5 * number):
-        file.release(round_ + 1)
+        file.truncate(round_ + 1)
         assert file.append(number + 1 + round_, payload(seen(number + 1 + round_, "z" * 30)))
         assert [s for s, _ in frames(file)] == list(range(round_ + 2, number + 2 + round_))
     file.close(remove=True)
@@ -232,9 +232,9 @@ def test_an_empty_ring_begins_at_its_start_again(tmp_path: Path) -> None:
             assert file.append(sequence, payload(seen(sequence)))
         assert path.read_bytes()[start : start + 8] != b"\0" * 8
         assert not any(path.read_bytes()[start + SIZE // 2 :])
-        file.release(number)
+        file.truncate(number)
         assert [sequence for sequence, _ in frames(file)] == [number + 1]
-        file.release(number + 1)
+        file.truncate(number + 1)
         assert file.is_empty()
     file.close(remove=False)
     recovered = JournalFile.recover(path, ORIGIN.app)
@@ -249,7 +249,7 @@ def test_who_is_killed_while_beginning_anew_leaves_an_empty_file(tmp_path: Path)
     (path,) = tmp_path.iterdir()
     assert file.append(1, payload(seen(1)))
     head = path.read_bytes()[24:32]
-    file.release(1)
+    file.truncate(1)
     file.close(remove=False)
     # The tail is written first.
     with path.open("r+b") as raw:
@@ -276,7 +276,7 @@ def test_whatever_comes_and_goes_nothing_is_written_over(tmp_path: Path, seed: i
             refused += 1
         if kept and chance.random() < 0.3:
             until = chance.choice([*kept])
-            file.release(until)
+            file.truncate(until)
             kept = {one: observation for one, observation in kept.items() if one > until}
         if chance.random() < 0.5:
             assert frames(file) == list(kept.items())
@@ -300,7 +300,7 @@ def test_lone_surrogates_are_kept_escaped(tmp_path: Path) -> None:
     assert second == (2, seen(2))
     assert first[1].extras == Extras(username="a\\udfff", peer="\\udc80")
     assert first[1].environ[1] == "\\ud800"
-    journal.release(2)
+    journal.truncate(2)
     journal.close()
     assert not list(tmp_path.iterdir())
 
@@ -315,7 +315,7 @@ def test_an_end_during_an_append_loses_nothing(
         journal.close()  # as another thread does at exit
         return payload(observation)
 
-    monkeypatch.setattr("flask_usage_metrics.pipeline.journal._encode", encode)
+    monkeypatch.setattr("flask_usage_metrics.pipeline.journal.encode", encode)
     assert journal.append(seen(1))
     assert len(journal) == 1
 
@@ -354,23 +354,23 @@ def test_damage_never_raises_nor_invents_an_observation(tmp_path: Path) -> None:
     path, expected = filled(tmp_path, 6)
     whole = path.read_bytes()
     known = [observation for _, observation in expected]
-    adopted_whole = adoptions = 0
+    recovered_whole = recovered = 0
     for seed in range(600):
         path.write_bytes(whole)
         for _ in damages(path, seed):
             file = JournalFile.recover(path, ORIGIN.app)
             if file is None:
                 continue
-            adoptions += 1
+            recovered += 1
             found = [observation for _, observation in frames(file)]
             assert all(observation in known for observation in found), seed
             assert len(found) <= len(known), seed
-            adopted_whole += found == known
+            recovered_whole += found == known
             file.mark([1, 2], 9)
-            file.release(3)
+            file.truncate(3)
             assert file.committed >= 0
             file.close(remove=False)
-    assert 600 > adoptions > adopted_whole > 50
+    assert 600 > recovered > recovered_whole > 50
 
 
 @pytest.mark.parametrize(
@@ -462,19 +462,19 @@ import json, os, signal, sys, time
 from pathlib import Path
 from flask import Flask
 from flask_usage_metrics import TrackUsage
-from flask_usage_metrics.pipeline import worker_group as siblings
+from flask_usage_metrics.pipeline import worker_group
 from flask_usage_metrics.enrich.enricher import Enricher
-from flask_usage_metrics.pipeline.journal import JournalFile
+from flask_usage_metrics.pipeline.journal_file import JournalFile
 from flask_usage_metrics.pipeline.worker import Pipeline
 from flask_usage_metrics.metrics.totals import Totals
 from flask_usage_metrics.metrics.shared_totals import SharedTotals
 
-siblings._SIBLINGS_SECONDS = 0.05
+worker_group._SIBLINGS_SECONDS = 0.05
 folder = Path(sys.argv[1])
 app = Flask("shop")
 app.config["TRACK_USAGE_STATE_DIR"] = str(folder / "state")
 app.config["TRACK_USAGE_FLUSH_SECONDS"] = 0.05
-# Asked by another thread, whose answer may come in the middle of a fold.
+# Asked by another thread, whose answer may come in the middle of a batch.
 country = None if "AT_ONCE" in os.environ else lambda address: "NL"
 usage = TrackUsage(app, f"sqlite:///{folder}/usage.sqlite3", country=country)
 app.add_url_rule("/<name>", "page", lambda name: name)
@@ -507,16 +507,16 @@ SEAMS = {
     "captured": lambda: None,
     "half": lambda: None,
     "marked": lambda: kill_after(JournalFile, "mark"),
-    "counted": lambda: kill_after(Totals, "add", lambda self, records, folded, *_: folded),
-    "visited": lambda: kill_after(SharedTotals, "sync", lambda self, new, folded, *_: folded),
+    "counted": lambda: kill_after(Totals, "add", lambda self, records, commits, *_: commits),
+    "synced": lambda: kill_after(SharedTotals, "sync", lambda self, new, commits, *_: commits),
     "written": lambda: kill_after(type(usage.storage), "write"),
-    "released": lambda: kill_after(JournalFile, "release"),
+    "truncated": lambda: kill_after(JournalFile, "truncate"),
     "forgotten": lambda: kill_after(Totals, "forget"),
 }
 
 def die_at(seam, names, many=False):
     if seam == "captured":
-        Pipeline.fold = lambda self: None
+        Pipeline.process = lambda self: None
     if seam == "half":  # the countries of some that others left are asked for, and never found
         enrich = Enricher.enrich
         def ask_on(self, seen, *rest):
@@ -577,11 +577,9 @@ def survive(expected):
     (folder / "result").write_text(result)
 
 seams = sys.argv[2:]
-survivor = None
-if seams[-1] != "adopter":
-    survivor = child(lambda: survive(1 + 20 * len(seams)))
-    while not (folder / "ready").exists():
-        time.sleep(0.01)
+survivor = child(lambda: survive(1 + 20 * len(seams)))
+while not (folder / "ready").exists():
+    time.sleep(0.01)
 for number, seam in enumerate(seams):
     names = [f"{number}-{i}" for i in range(20)]
     _, status = os.waitpid(child(lambda: die_at(seam, names, True)), 0)
@@ -591,7 +589,7 @@ os.waitpid(survivor, 0)
 print((folder / "result").read_text())
 """
 
-SEAMS = ["captured", "marked", "counted", "written", "released"]
+SEAMS = ["captured", "marked", "counted", "written", "truncated"]
 
 
 @pytest.mark.parametrize("located", ["at once", "later"])
@@ -617,7 +615,7 @@ def test_a_killed_process_leaves_each_record_once_to_the_next(
 
 
 @pytest.mark.parametrize("second", ["marked", "forgotten"])
-def test_an_adopter_that_is_killed_too_changes_nothing(tmp_path: Path, second: str) -> None:
+def test_who_recovers_and_is_killed_too_changes_nothing(tmp_path: Path, second: str) -> None:
     assert run(APP + ALONE, tmp_path, "die", "marked", "a").returncode == -9
     killed = run(APP + ALONE, tmp_path, "die", second, "b")
     assert killed.returncode == -9, killed.stderr
@@ -646,7 +644,7 @@ def test_what_two_left_is_told_apart(tmp_path: Path) -> None:
     assert len(whose) == len({process for _, process in whose}) == 3
 
 
-@pytest.mark.parametrize("seam", [*SEAMS, "visited"])
+@pytest.mark.parametrize("seam", [*SEAMS, "synced"])
 def test_a_sibling_counts_and_stores_what_a_killed_one_left_once(tmp_path: Path, seam: str) -> None:
     # The second one recovers what the first one left, and dies of it at the same place.
     done = run(APP + SIBLINGS, tmp_path, seam, seam)
@@ -658,7 +656,7 @@ def test_a_sibling_counts_and_stores_what_a_killed_one_left_once(tmp_path: Path,
 
 
 def test_who_dies_while_countries_are_asked_for_leaves_these_uncounted(tmp_path: Path) -> None:
-    # The first had marked all for its first fold, which never came; the second's first fold did.
+    # The first had marked all for its first commit, which never came; that of the second did.
     done = run(APP + SIBLINGS, tmp_path, "marked", "half")
     assert done.returncode == 0, done.stderr
     rows, counted = json.loads(done.stdout)
@@ -673,7 +671,7 @@ def die_at_second_write():
     def patched(self, batch):
         writes.append(len(batch))
         if len(writes) == 2:
-            time.sleep(0.3)  # the pipeline goes on meanwhile, and must release none of these
+            time.sleep(0.3)  # the pipeline goes on meanwhile, and must truncate none of these
             os.kill(os.getpid(), signal.SIGKILL)
         write(self, batch)
     storage.write = patched

@@ -1,0 +1,300 @@
+"""The journal's file: a ring of frames that outlives a kill -9, for another process to recover."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import finalize
+from zlib import crc32
+
+import msgspec
+
+from flask_usage_metrics.records.observation import Observation, Origin
+from flask_usage_metrics.runtime.private_files import is_still, open_private, try_lock
+
+FILE_BYTES = 4 * 1024 * 1024
+"""Size of the ring: some 8 000 requests of 500 bytes."""
+
+_MAGIC = b"FUMJRNL2"
+_HEADER_BYTES = 4096
+_HEADER = struct.Struct("=8sQQQQI")  # magic, size, tail, head, committed, length of the origin
+_TAIL, _HEAD, _COMMITTED = 2, 3, 4  # positions among the header's words of 64 bits
+_U32 = struct.Struct("=I")
+_FRAME = struct.Struct("=IIQII")  # length, checksum, sequence, commit number, unused
+_NEW_FRAME = struct.Struct("=IIQQ")  # the same before any commit
+_COMMIT = 4  # position of the commit number among a frame's words of 32 bits
+_SKIP = 0xFFFFFFFF  # in place of a length: the next frame begins at the start of the ring
+
+encode = msgspec.msgpack.Encoder().encode
+"""Return an observation as the payload of a frame; for any thread.
+
+Raises:
+    UnicodeEncodeError: There is a lone surrogate in it, see `escape_surrogates`.
+"""
+
+_decode = msgspec.msgpack.Decoder(Observation).decode
+
+_S = TypeVar("_S", bound=msgspec.Struct)
+
+
+class JournalFile:
+    """A ring of frames in a file that is allocated at once and mapped; for one caller at a time.
+
+    The kernel writes what is in the map to the file whatever becomes of the process. The file is
+    locked (``flock``) as long as its process lives. Each frame has the number of the commit that
+    counted it (0: none yet), and the header the number of the last commit that is in the totals:
+    so whoever recovers the file after a kill knows what was counted, and counts the rest.
+
+    Attributes:
+        id: Unique name.
+        origin: The process that captured what is in it.
+    """
+
+    def __init__(self, path: Path, descriptor: int, origin: Origin, size: int) -> None:
+        self.id = path.stem
+        self.origin = origin
+        self._path = path
+        self._descriptor = descriptor
+        self._size = size
+        self._map = mmap.mmap(descriptor, _HEADER_BYTES + size)
+        self._close = finalize(self, os.close, descriptor)
+        self._close.atexit = False  # the pipeline ends later, by an exit handler of its own
+        # Hot path: pack_into costs twice as much.
+        self._header_words = memoryview(self._map).cast("Q")
+        self._frame_words = memoryview(self._map).cast("I")
+        self._tail: int = self._header_words[_TAIL]
+        # Offsets in the map: where the next frame begins, and what it must not reach beyond. Head
+        # and tail never wrap: `_ahead` is how much more than the offset the head is.
+        self._at = self._limit = self._ahead = 0
+        self._move(self._header_words[_HEAD])
+        # Sequence number -> offset in the map, oldest first, of each frame that is not truncated.
+        self._frames: dict[int, int] = {}
+
+    @classmethod
+    def create(cls, folder: Path, origin: Origin, size: int = FILE_BYTES) -> JournalFile:
+        """Make, lock and map a new file; blocks while the disk allocates it.
+
+        Args:
+            folder: Where to make it; of this user alone, which is not checked here.
+            origin: This process.
+            size: Bytes of the ring.
+
+        Raises:
+            OSError: It cannot be made; the disk may be full.
+        """
+        path = folder / f"{os.urandom(8).hex()}.journal"
+        descriptor = open_private(path, exclusive=True)
+        try:
+            if not try_lock(descriptor):
+                raise BlockingIOError
+            # Before it is mapped: a page that finds no room on the disk kills the process.
+            os.posix_fallocate(descriptor, 0, _HEADER_BYTES + size)
+            meta = msgspec.json.encode(origin)
+            header = _HEADER.pack(_MAGIC, size, 0, 0, 0, len(meta)) + meta
+            if len(header) > _HEADER_BYTES:
+                raise OSError("too many country headers")
+            os.pwrite(descriptor, header, 0)
+            return cls(path, descriptor, origin, size)
+        except BaseException:
+            os.close(descriptor)
+            path.unlink()
+            raise
+
+    @classmethod
+    def recover(cls, path: Path, app: str) -> JournalFile | None:
+        """Lock and map the file of a dead process.
+
+        Returns:
+            None if its process lives, another has recovered it, or it is no journal of this app.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        with suppress(OSError, ValueError, RecursionError, struct.error, msgspec.DecodeError):
+            header = os.pread(descriptor, _HEADER_BYTES, 0)
+            magic, size, _, _, _, length = _HEADER.unpack_from(header)
+            meta = header[_HEADER.size : _HEADER.size + length]
+            if magic == _MAGIC and os.fstat(descriptor).st_size == _HEADER_BYTES + size:
+                origin = msgspec.json.decode(meta, type=Origin)
+                if origin.app == app and try_lock(descriptor) and is_still(path, descriptor):
+                    return cls(path, descriptor, origin, size)
+        os.close(descriptor)
+        return None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the server run the file belongs to."""
+        return self._path.parent
+
+    @property
+    def committed(self) -> int:
+        """Number of the last commit that is in the totals, 0 before the first."""
+        return int(self._header_words[_COMMITTED])
+
+    @committed.setter
+    def committed(self, number: int) -> None:
+        self._header_words[_COMMITTED] = number
+
+    def append(self, sequence: int, payload: bytes) -> bool:
+        """Write a frame; return False, and write nothing, when there is no room.
+
+        Args:
+            sequence: Its number; greater than all before.
+            payload: As `encode` returns it.
+        """
+        frame = _NEW_FRAME.pack(len(payload), crc32(payload), sequence, 0) + payload
+        at = self._at
+        end = at + (len(frame) + 7 & ~7)
+        if end > self._limit:
+            length = end - at
+            if not self._find_room(length):
+                return False
+            at = self._at
+            end = at + length
+        self._map[at : at + len(frame)] = frame
+        self._frames[sequence] = at
+        self._at = end
+        # Last: a process that is killed before leaves nothing, instead of half a frame.
+        self._header_words[_HEAD] = end + self._ahead
+        return True
+
+    @property
+    def _head(self) -> int:
+        return self._at + self._ahead
+
+    def _move(self, head: int, room: int = 0) -> None:
+        """Have the next frame begin at the head; if longer than `room` bytes, it asks for more."""
+        self._at = _HEADER_BYTES + head % self._size
+        self._ahead = head - self._at
+        self._limit = self._at + room
+
+    def _find_room(self, length: int) -> bool:
+        """Make room for a frame that is written at once; return False when there is none."""
+        start = self._head
+        offset = start % self._size
+        if offset + length > self._size:  # frames do not wrap round the end
+            start += self._size - offset
+            if start + length - self._tail <= self._size:
+                _U32.pack_into(self._map, _HEADER_BYTES + offset, _SKIP)
+            offset = 0
+        if start + length - self._tail > self._size:
+            return False
+        self._move(start, min(self._size - offset, self._tail + self._size - start))
+        return True
+
+    def mark(self, sequences: Iterable[int], commit: int) -> None:
+        """Write into frames the number of the commit that is about to count them; 0: none is."""
+        frames, words = self._frames, self._frame_words
+        for sequence in sequences:
+            if sequence in frames:
+                words[frames[sequence] // 4 + _COMMIT] = commit
+
+    def truncate(self, sequence: int) -> None:
+        """Forget, and overwrite with zeros, all frames up to this number.
+
+        They hold what came with requests, before anything was taken away for privacy's sake.
+        """
+        frames = self._frames
+        start = self._tail
+        # Listed first: a new iterator would pass all the gaps at the front of the dict each time.
+        for old in list(takewhile(sequence.__ge__, frames)):
+            del frames[old]
+        if frames:
+            first = next(iter(frames.values())) - _HEADER_BYTES
+            self._tail += (first - start) % self._size
+        else:
+            self._tail = self._head
+        self._header_words[_TAIL] = self._tail
+        self._wipe(start, self._tail)
+        if not frames:
+            # Back to the start of the ring: so only as many pages are touched as one batch needs.
+            self._tail = -(-self._head // self._size) * self._size
+            # In this order: a process that is killed in between leaves an empty file, too.
+            self._header_words[_TAIL] = self._tail
+            self._header_words[_HEAD] = self._tail
+            self._move(self._tail)
+        else:
+            self._move(self._head)
+
+    def _wipe(self, start: int, end: int) -> None:
+        """Zero what is between two positions that never wrap; at most the whole ring."""
+        start = max(start, end - self._size)
+        while start < end:
+            offset = start % self._size
+            length = min(end - start, self._size - offset)
+            at = _HEADER_BYTES + offset
+            self._map[at : at + length] = bytes(length)
+            start += length
+
+    def entries(self) -> Iterator[tuple[int, int, Observation]]:
+        """Yield what is not truncated, oldest first: sequence, commit number, observation.
+
+        A damaged frame ends it, as nothing tells where the next one begins; a frame that is whole
+        and holds no observation is passed over.
+        """
+        position = self._tail
+        while position < self._head <= self._tail + self._size:
+            offset = position % self._size
+            at = _HEADER_BYTES + offset
+            room = self._size - offset
+            if room < _FRAME.size or _U32.unpack_from(self._map, at)[0] == _SKIP:
+                position += room
+                continue
+            length, checksum, sequence, commit, _ = _FRAME.unpack_from(self._map, at)
+            payload = self._map[at + _FRAME.size : at + _FRAME.size + length]
+            if length > room or crc32(payload) != checksum:
+                return
+            position += _FRAME.size + length + 7 & ~7
+            self._frames[sequence] = at
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
+                yield sequence, commit, _decode(payload)
+
+    def is_empty(self) -> bool:
+        """Tell whether everything is truncated."""
+        return not self._frames and self._tail >= self._head
+
+    def is_there(self) -> bool:
+        """Tell whether the path still names this file, so that another process can recover it."""
+        return is_still(self._path, self._descriptor)
+
+    def close(self, *, remove: bool) -> None:
+        """Unmap and unlock.
+
+        Args:
+            remove: Whether to remove the file first; never in a forked child.
+        """
+        if remove:
+            with suppress(OSError):
+                self._path.unlink()
+        self._header_words.release()
+        self._frame_words.release()
+        self._map.close()
+        self._close()
+
+
+def escape_surrogates(observation: Observation) -> Observation:
+    r"""Return an observation whose texts have lone surrogates as escapes, such as ``\ud800``."""
+    changes: dict[str, Any] = {"environ": tuple(map(_escape, observation.environ))}
+    if observation.extras is not None:
+        changes["extras"] = _escape_texts(observation.extras)
+    return msgspec.structs.replace(_escape_texts(observation), **changes)
+
+
+def _escape_texts(value: _S) -> _S:
+    texts = {
+        name: _escape(text)
+        for name, text in msgspec.structs.asdict(value).items()
+        if isinstance(text, str)
+    }
+    return msgspec.structs.replace(value, **texts)
+
+
+def _escape(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
