@@ -10,6 +10,7 @@ from weakref import WeakSet
 from flask import Blueprint, Flask
 
 from flask_usage_metrics.errors import ConfigError
+from flask_usage_metrics.runtime.texts import from_wsgi
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -186,4 +187,4 @@ def _path(environ: WSGIEnvironment) -> str:
     path: str = environ.get("PATH_INFO", "")
     if path.isascii():
         return path
-    return path.encode("latin-1", "replace").decode("utf-8", "replace")
+    return from_wsgi(path)

@@ -12,7 +12,8 @@ from flask import Flask
 
 from flask_usage_metrics.capture.visitor_cookie import VisitorCookie
 from flask_usage_metrics.enrich import clients
-from flask_usage_metrics.enrich.enricher import Enricher, blueprint_of
+from flask_usage_metrics.enrich.cleaning import blueprint_of
+from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.enrich.privacy.pseudonyms import Pseudonyms
 from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds

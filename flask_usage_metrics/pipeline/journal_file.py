@@ -17,6 +17,7 @@ import msgspec
 
 from flask_usage_metrics.records.observation import Observation, Origin
 from flask_usage_metrics.runtime.private_files import is_still, open_private, try_lock
+from flask_usage_metrics.runtime.texts import encodable
 
 FILE_BYTES = 4 * 1024 * 1024
 """Size of the ring: some 8 000 requests of 500 bytes."""
@@ -281,7 +282,7 @@ class JournalFile:
 
 def escape_surrogates(observation: Observation) -> Observation:
     r"""Return an observation whose texts have lone surrogates as escapes, such as ``\ud800``."""
-    changes: dict[str, Any] = {"environ": tuple(map(_escape, observation.environ))}
+    changes: dict[str, Any] = {"environ": tuple(map(encodable, observation.environ))}
     if observation.extras is not None:
         changes["extras"] = _escape_texts(observation.extras)
     return msgspec.structs.replace(_escape_texts(observation), **changes)
@@ -289,12 +290,8 @@ def escape_surrogates(observation: Observation) -> Observation:
 
 def _escape_texts(value: _S) -> _S:
     texts = {
-        name: _escape(text)
+        name: encodable(text)
         for name, text in msgspec.structs.asdict(value).items()
         if isinstance(text, str)
     }
     return msgspec.structs.replace(value, **texts)
-
-
-def _escape(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.cookiejar import DefaultCookiePolicy
@@ -18,9 +17,7 @@ from flask_usage_metrics.enrich.country.background import THREAD_NAME, Reply
 from flask_usage_metrics.enrich.country.limits import Limits
 from flask_usage_metrics.records.address import is_global
 from flask_usage_metrics.runtime.faults import Faults
-
-# Legal JSON, but PostgreSQL refuses a row that holds it.
-_NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
+from flask_usage_metrics.runtime.texts import without_nul
 
 
 class Service:
@@ -65,7 +62,7 @@ class Service:
                 raise _Unusable("no JSON object")
             for key in self._without:
                 answered.pop(key, None)
-            ip_info = _NUL.sub(rb"\1", msgspec.json.encode(answered))
+            ip_info = msgspec.json.encode(without_nul(answered))
         except Exception as error:  # noqa: BLE001 - requests, urllib3, ssl, http.client, idna, JSON
             return self._fail(error)
         self._failures = 0

@@ -20,6 +20,7 @@ from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.fork_gate import FORK_GATE
 from flask_usage_metrics.runtime.private_files import StateUnavailable, open_private
 from flask_usage_metrics.runtime.state_dir import StateDir
+from flask_usage_metrics.runtime.texts import encodable
 
 _BUSY_SECONDS = 1.0
 _PAUSE_SECONDS = 1.0
@@ -252,7 +253,7 @@ class VisitorTally:
 
 def _text(visitor: str) -> str:
     # SQLite refuses lone surrogates.
-    return visitor if visitor.isascii() else visitor.encode("utf-8", "backslashreplace").decode()
+    return visitor if visitor.isascii() else encodable(visitor)
 
 
 def _is_ours(path: Path) -> bool:

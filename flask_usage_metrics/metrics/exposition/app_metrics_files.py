@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.texts import encodable
 
 _VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -263,12 +264,8 @@ def _parse_key(kind: str, key: bytes) -> _Series:
             raise ValueError("a bucket without a bound")
     except Exception as error:
         raise _Damaged("a damaged file") from error
-    cleaned = sorted((_encodable(name), _encodable(value)) for name, value in labels.items())
-    return _Series(family, _encodable(help_text), sample, tuple(cleaned), bound)
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+    cleaned = sorted((encodable(name), encodable(value)) for name, value in labels.items())
+    return _Series(family, encodable(help_text), sample, tuple(cleaned), bound)
 
 
 def _read(path: Path) -> list[tuple[bytes, _Point]]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from flask_usage_metrics.runtime import texts
 from flask_usage_metrics.storage.sql.table import (
     COLUMNS,
     KEY,
@@ -81,17 +82,7 @@ def divided(columns: Columns, shape: Callable[[Columns], Any]) -> Iterator[bytes
 def without_nul(batch: bytes) -> bytes:
     """Return a JSON text whose texts hold no NUL."""
     # A backslash before the escape may be one itself: then there was none.
-    return to_json(_cleaned(_from_json(batch))) if b"\\u0000" in batch else batch
-
-
-def _cleaned(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace("\0", "")
-    if isinstance(value, list):
-        return [_cleaned(inner) for inner in value]
-    if isinstance(value, dict):
-        return {key: _cleaned(inner) for key, inner in value.items()}
-    return value
+    return to_json(texts.without_nul(_from_json(batch))) if b"\\u0000" in batch else batch
 
 
 def _named(message: str) -> str:

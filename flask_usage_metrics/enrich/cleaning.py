@@ -1,0 +1,100 @@
+"""Cleans what clients, servers and the app send: valid Unicode, no NUL, bounded; numbers read."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from flask_usage_metrics.runtime.texts import encodable, from_wsgi, without_nul
+
+MAX_INT = 2**63 - 1
+"""The largest integer of the databases; larger numbers are cut to it."""
+
+_MAX_LABEL = 512
+_MAX_QUEUE_SECONDS = 3600.0
+
+
+def wsgi_text(text: str, length: int) -> str:
+    """Return a text of a WSGI environ as the UTF-8 text it is, without NUL, cut.
+
+    Args:
+        text: Bytes decoded as Latin-1 (PEP 3333).
+        length: Characters that are kept at most.
+    """
+    if len(text) <= length and text.isascii() and "\0" not in text:
+        return text
+    text = text[: 4 * length]
+    if not text.isascii():
+        text = from_wsgi(text)
+    return (text.replace("\0", "") if "\0" in text else text)[:length]
+
+
+def app_text(text: str) -> str:
+    """Return a text of the app's own with only valid Unicode, without NUL."""
+    return encodable(text).replace("\0", "")
+
+
+@lru_cache(4096)
+def label(text: str | None) -> str | None:
+    """Return a name out of the app's code, as `app_text` does, cut to 512 characters."""
+    return None if text is None else app_text(text)[:_MAX_LABEL]
+
+
+@lru_cache(4096)
+def blueprint_of(endpoint: str | None) -> str | None:
+    """Return the blueprint of an endpoint, dotted when nested; None if it is in none."""
+    if endpoint is None or "." not in endpoint:
+        return None
+    return label(endpoint.rpartition(".")[0])
+
+
+def json_object(encoded: bytes) -> dict[str, Any]:
+    """Return a JSON object without NUL; of any other JSON value ``{"value": it}``.
+
+    Raises:
+        msgspec.DecodeError: It is no JSON.
+    """
+    value = decode(encoded)
+    if b"\\u0000" in encoded:
+        value = without_nul(value)
+    # The app may have put something else in place of the dict.
+    return value if isinstance(value, dict) else {"value": value}
+
+
+def content_length(text: str) -> int | None:
+    """Return a Content-Length header as a number from 0 to `MAX_INT`; None if it is none."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 19):
+        return None
+    return min(int(text), MAX_INT)
+
+
+def queue_seconds(text: str, started_ns: int) -> float | None:
+    """Return how long a request waited, by what the proxy says of when it came.
+
+    Args:
+        text: X-Request-Start: ``t=`` and seconds (nginx), milliseconds (Heroku) or microseconds
+            (Apache) since the epoch; which of these, its size tells.
+        started_ns: When the request reached the app, in nanoseconds since the epoch.
+
+    Returns:
+        Seconds from 0 to 3600; None if the header says nothing of the kind.
+    """
+    text = text.strip().removeprefix("t=")
+    try:
+        came = float(text)
+    except ValueError:
+        return None
+    for scale in (1.0, 1e3, 1e6, 1e9):
+        waited = started_ns / 1e9 - came / scale
+        if -1.0 <= waited <= _MAX_QUEUE_SECONDS:
+            return max(waited, 0.0)  # two machines' clocks differ
+    return None
+
+
+encode = msgspec.json.Encoder().encode
+"""Return JSON values as JSON."""
+
+decode = msgspec.json.Decoder().decode
+"""Return JSON as JSON values."""
