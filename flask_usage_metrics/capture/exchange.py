@@ -18,16 +18,11 @@ from werkzeug.wsgi import ClosingIterator, FileWrapper
 
 from flask_usage_metrics.capture.context import RequestContext
 from flask_usage_metrics.capture.observer import Observer
+from flask_usage_metrics.capture.reading import MAX_JSON_BYTES, encode_json, environ_texts
 from flask_usage_metrics.capture.response_head import LENGTHS, STATUSES
 from flask_usage_metrics.capture.track_var import TRACK_VAR
 from flask_usage_metrics.capture.visitor_cookie import Headers
-from flask_usage_metrics.records.observation import (
-    MAX_JSON_BYTES,
-    Extras,
-    Observation,
-    encode_json,
-    environ_texts,
-)
+from flask_usage_metrics.records.observation import Extras, Observation
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment

@@ -15,6 +15,7 @@ from statistics import median
 from time import process_time, time, time_ns
 from typing import Any
 
+from flask_usage_metrics.capture.reading import environ_texts
 from flask_usage_metrics.enrich import clients
 from flask_usage_metrics.enrich.country import make_country_lookup
 from flask_usage_metrics.enrich.enricher import Enricher
@@ -22,7 +23,7 @@ from flask_usage_metrics.enrich.privacy.policy import PRESETS, Policy
 from flask_usage_metrics.enrich.privacy.pseudonyms import Pseudonyms
 from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
 from flask_usage_metrics.records.address import TrustedProxies, normalise
-from flask_usage_metrics.records.observation import Extras, Observation, environ_texts
+from flask_usage_metrics.records.observation import Extras, Observation
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.state_dir import StateDir
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from contextlib import suppress
 from wsgiref.simple_server import make_server
-from wsgiref.util import FileWrapper as ServerFileWrapper
 
 import pytest
 from flask import (
@@ -22,8 +19,6 @@ from flask import (
     g,
     redirect,
     request,
-    send_file,
-    stream_with_context,
 )
 from flask.views import MethodView
 from helpers.front_door import Site
@@ -203,134 +198,6 @@ class TestOtherHooks:
         assert site.records() == []
 
 
-class BrokenStream(Exception):
-    """What a stream raises."""
-
-
-class TestStreams:
-    def test_lasts_until_the_last_byte(self, site: Site) -> None:
-        @site.app.get("/")
-        def stream() -> Response:
-            def chunks() -> Iterator[bytes]:
-                for _ in range(4):
-                    time.sleep(0.02)
-                    yield b"1234"
-
-            return Response(chunks())
-
-        assert site.get().data == b"1234" * 4
-        record = site.only_record()
-        assert record.bytes_sent == 16
-        assert record.duration_seconds >= 0.08
-
-    def test_that_breaks_half_way_has_the_status_that_was_sent(self, site: Site) -> None:
-        @site.app.get("/")
-        def stream() -> Response:
-            def chunks() -> Iterator[bytes]:
-                yield b"1234"
-                raise BrokenStream
-
-            return Response(chunks())
-
-        with pytest.raises(BrokenStream):
-            site.get()
-        record = site.only_record()
-        assert (record.status, record.exception, record.bytes_sent) == (200, "BrokenStream", 4)
-
-    @pytest.mark.parametrize("length", [None, 4])
-    def test_that_breaks_at_once_is_a_500(self, site: Site, length: int | None) -> None:
-        @site.app.get("/")
-        def stream() -> Response:
-            def chunks() -> Iterator[bytes]:
-                raise BrokenStream
-                yield b"1234"
-
-            response = Response(chunks())
-            response.content_length = length
-            return response
-
-        with pytest.raises(BrokenStream):
-            site.get()
-        record = site.only_record()
-        assert (record.status, record.exception, record.bytes_sent) == (500, "BrokenStream", 0)
-
-    def test_that_the_client_leaves_is_closed_and_counted(self, site: Site) -> None:
-        closed = []
-
-        @site.app.get("/")
-        def stream() -> Response:
-            response = Response(iter([b"12", b"34", b"56"]))
-            response.call_on_close(lambda: closed.append(True))
-            return response
-
-        body, _, _ = run_wsgi_app(site.app.wsgi_app, EnvironBuilder("/").get_environ())
-        assert next(iter(body)) == b"12"
-        assert site.samples("flask_usage_requests_in_progress")[()] == 1
-        body.close()
-        assert closed == [True]
-        assert site.samples("flask_usage_requests_in_progress")[()] == 0
-        record = site.only_record()
-        assert (record.status, record.bytes_sent, record.exception) == (200, 2, None)
-
-    def test_with_context_and_a_length(self, site: Site) -> None:
-        @site.app.get("/")
-        def stream() -> Response:
-            @stream_with_context
-            def chunks() -> Iterator[str]:
-                yield request.args["q"]
-                yield request.endpoint or ""
-
-            return Response(chunks(), headers={"Content-Length": "8"})
-
-        assert site.get("/?q=ab").data == b"abstream"
-        assert site.only_record().bytes_sent == 8
-
-    def test_kept_open_by_a_client_that_keeps_its_context(self, site: Site) -> None:
-        site.app.add_url_rule("/", "index", lambda: Response(iter(["a", "b"])))
-        with site.app.test_client() as client:
-            assert client.get("/").data == b"ab"
-            assert client.get("/").data == b"ab"
-        assert len(site.records()) == 2
-
-
-class TestFiles:
-    def test_keep_the_servers_own_wrapper(self, site: Site) -> None:
-        @site.app.get("/")
-        def download() -> Response:
-            return send_file(io.BytesIO(b"x" * 100_000), mimetype="text/plain")
-
-        environ = EnvironBuilder("/").get_environ()
-        environ["wsgi.file_wrapper"] = ServerFileWrapper
-        started: list[str] = []
-        body = site.app.wsgi_app(environ, lambda status, headers: started.append(status))
-        # Only for its own wrapper does a server use sendfile.
-        assert isinstance(body, ServerFileWrapper)
-        body.close()
-        record = site.only_record()
-        assert (record.status, record.bytes_sent) == (200, 100_000)
-
-    def test_of_a_wrapper_that_is_a_function(self, site: Site) -> None:
-        content = io.BytesIO(b"12345")
-        site.app.add_url_rule("/", "download", lambda: send_file(content, "text/plain"))
-        environ = EnvironBuilder("/").get_environ()
-        environ["wsgi.file_wrapper"] = lambda file, _size=0: file
-        assert site.app.wsgi_app(environ, lambda status, headers: None) is content
-        assert site.only_record().bytes_sent == 5
-
-    def test_ranges_and_not_modified(self, site: Site) -> None:
-        site.app.add_url_rule(
-            "/",
-            "download",
-            lambda: send_file(io.BytesIO(b"0123456789"), "text/plain", etag="v1", conditional=True),
-        )
-        assert site.get(headers={"Range": "bytes=2-4"}).data == b"234"
-        assert site.get(headers={"If-None-Match": '"v1"'}).status_code == 304
-        assert [(record.status, record.bytes_sent) for record in site.records()] == [
-            (206, 3),
-            (304, 0),
-        ]
-
-
 def test_async_views(site: Site) -> None:
     @site.app.get("/")
     async def index() -> str:
@@ -451,80 +318,6 @@ class TestMounted:
         record = site.only_record()
         assert (record.endpoint, record.status, record.bytes_sent) == ("index", 200, 1)
         site.assert_agrees()
-
-
-def test_old_style_write_is_counted(make_site: object) -> None:
-    app = Flask("shop")
-
-    def old(environ: dict, start_response: object) -> list[bytes]:
-        write = start_response("200 OK", [("Content-Type", "text/plain")])
-        write(b"12345")
-        return [b"678"]
-
-    app.wsgi_app = old
-    site = make_site(app=app, METRICS_PATH=None)
-    body, _, _ = run_wsgi_app(site.app.wsgi_app, EnvironBuilder("/").get_environ())
-    assert b"".join(body) == b"12345678"
-    assert site.only_record().bytes_sent == 8
-
-
-class TestTrackVar:
-    def test_is_a_dict_in_every_request(self, site: Site) -> None:
-        seen: list[object] = []
-
-        @site.app.before_request
-        def early() -> None:
-            seen.append(g.track_var)
-            assert "track_var" in g
-            assert g.get("track_var") is g.track_var
-
-        site.app.add_url_rule("/", "index", lambda: "x")
-        site.get()
-        site.get("/nowhere")
-        assert [type(value) for value in seen] == [dict, dict]
-
-    def test_may_hold_anything(self, site: Site) -> None:
-        loop: dict[str, object] = {}
-        loop["self"] = loop
-
-        @site.app.get("/")
-        def index() -> str:
-            g.track_var.update(
-                bytes=b"\xff", number=10**30, date=time.gmtime(), odd={1: {2, 3}}, bad="\udcff\0"
-            )
-            return "x"
-
-        @site.app.get("/loop")
-        def looped() -> str:
-            g.track_var.update(loop)
-            return "x"
-
-        @site.app.get("/raises")
-        def raises() -> str:
-            class Odd:
-                def __str__(self) -> str:
-                    raise LookupError
-
-            g.track_var["odd"] = Odd()
-            return "x"
-
-        @site.app.get("/list")
-        def replaced() -> str:
-            g.track_var = [1, 2]
-            return "x"
-
-        @site.app.get("/large")
-        def large() -> str:
-            g.track_var["large"] = "x" * 1_000_000
-            return "x"
-
-        for path in ("/", "/loop", "/raises", "/list", "/large"):
-            assert site.get(path).status_code == 200
-        found = {record.endpoint: record.track_var for record in site.records()}
-        assert found["index"]["number"] == str(10**30)
-        assert found["replaced"] == {"value": [1, 2]}
-        assert found["large"] == {}
-        assert site.faults()["track_var"] == 1
 
 
 def test_a_raising_or_odd_username_is_none(make_site: object) -> None:

@@ -10,82 +10,14 @@ from typing import Any
 import pytest
 from flask import g
 from helpers.front_door import Site
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from flask_usage_metrics import UsageRecord
-from flask_usage_metrics.records.observation import (
-    ENVIRON_KEYS,
-    MAX_ENVIRON_CHARACTERS,
-    environ_texts,
-)
 from flask_usage_metrics.storage import Writer
 
 Make = Callable[..., Site]
 
 TOKEN = "n3VQh7Zk2LxP9sTf4RmYw8Bc6D"
-
-
-# ------------------------------------------------------------------------ what is captured
-
-
-@settings(deadline=None)
-@given(
-    st.dictionaries(
-        st.sampled_from((*ENVIRON_KEYS, "HTTP_CF_IPCOUNTRY", "HTTP_COOKIE", "wsgi.version")),
-        st.one_of(st.text(max_size=20), st.integers(), st.none()),
-    )
-)
-def test_texts_are_those_of_the_keys_in_their_order(environ: dict[str, Any]) -> None:
-    texts = environ_texts(environ, ("HTTP_CF_IPCOUNTRY",))
-    keys = (*ENVIRON_KEYS, "HTTP_CF_IPCOUNTRY")
-    assert texts == tuple(str(environ.get(key, "")) for key in keys)
-
-
-@pytest.mark.parametrize("missing", [None, "REMOTE_ADDR"])
-@pytest.mark.parametrize("key", ["HTTP_USER_AGENT", "QUERY_STRING", "HTTP_CF_IPCOUNTRY"])
-def test_large_texts_are_cut_together(key: str, missing: str | None) -> None:
-    environ = EnvironBuilder("/").get_environ() | {"REMOTE_ADDR": "::1"}
-    environ.pop(missing, None)
-    for size, kept in ((MAX_ENVIRON_CHARACTERS // 2, None), (MAX_ENVIRON_CHARACTERS, 2048)):
-        texts = environ_texts(environ | {key: "x" * size}, ("HTTP_CF_IPCOUNTRY",))
-        assert max(map(len, texts)) == (kept or size)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "is_over"),
-    [
-        ("Content-Length", "5", True),
-        ("content-length", "5", True),
-        ("CONTENT-LENGTH", "5", True),
-        ("Content-Length", "five", False),
-        ("Content-Length", "6", False),
-        ("X-Length-Sent", "5", False),
-    ],
-)
-def test_a_body_is_over_when_as_much_is_sent_as_was_said(
-    make_site: Make, name: str, value: str, is_over: bool
-) -> None:
-    site = make_site()
-    site.app.add_url_rule("/", "index", lambda: "x")
-
-    def answer(environ: Any, start_response: Any) -> Any:
-        start_response("200 OK", [("Content-Type", "text/plain"), (name, value)])
-        return iter([b"he", b"llo"])
-
-    site.app.extensions["track_usage"].middleware._wsgi_app = answer
-    environ = EnvironBuilder("/").get_environ()
-    body = site.app.wsgi_app(environ, lambda status, headers, exc_info=None: len)
-    chunks = iter(body)
-    assert [next(chunks), next(chunks)] == [b"he", b"llo"]
-    # Neither the end of the body was met nor was it closed.
-    assert len(site.records()) == is_over
-    body.close()  # type: ignore[attr-defined]
-    assert site.only_record().bytes_sent == 5
-
-
-# ------------------------------------------------------------------------ what is remembered
 
 
 def test_what_is_remembered_of_one_request_is_right_for_the_next(make_site: Make) -> None:
