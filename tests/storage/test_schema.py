@@ -22,9 +22,10 @@ from helpers.records import START, make_record
 
 from flask_usage_metrics.errors import StorageUnavailable
 from flask_usage_metrics.storage import open_storage
-from flask_usage_metrics.storage.sql import VERSION, SQLStorage
+from flask_usage_metrics.storage.sql import SQLStorage
 from flask_usage_metrics.storage.sql.dialects import open_dialect
 from flask_usage_metrics.storage.sql.schema import Component, Schema, Step
+from flask_usage_metrics.storage.sql.storage import VERSION
 from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, KEY, TEXT, Index
 
 if TYPE_CHECKING:

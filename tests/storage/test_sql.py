@@ -288,7 +288,7 @@ def test_pages_end_anywhere_among_rows_with_and_without_an_id(
     records = list(storage.records())
     assert len(records) == 10
     assert records == sorted(records, key=lambda record: (record.started_at, record.id))
-    monkeypatch.setattr("flask_usage_metrics.storage.sql.PAGE", page)
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.storage.PAGE", page)
     assert list(storage.records()) == records
     assert list(storage.records(order="newest")) == records[::-1]
 
@@ -456,7 +456,7 @@ def test_a_read_while_the_server_is_down_is_unavailable(server: Server) -> None:
 def test_what_is_older_is_pruned_in_chunks(
     storage: SQLStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_usage_metrics.storage.sql.DELETED_AT_ONCE", 100)
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.storage.DELETED_AT_ONCE", 100)
     storage.write(make_records(950))
     commits: list[int] = []
     sa.event.listen(storage.database.reach().engine, "commit", lambda _: commits.append(1))

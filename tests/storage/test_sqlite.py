@@ -407,7 +407,7 @@ def test_pages_end_anywhere_among_old_and_new_rows(
         )
     records = list(storage.records())
     assert [record.endpoint for record in records] == [None] * 5 + ["user"] * 3 + [None]
-    monkeypatch.setattr("flask_usage_metrics.storage.sql.PAGE", page)
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.storage.PAGE", page)
     assert list(storage.records()) == records
     assert list(storage.records(order="newest")) == records[::-1]
 
@@ -836,7 +836,7 @@ def test_an_engine_that_begins_transactions_itself_can_be_erased_from(tmp_path: 
 def test_erase_walks_by_the_primary_key_and_writes_only_where_it_must(
     storage: SQLStorage, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_usage_metrics.storage.sql.DELETED_AT_ONCE", 10)
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.storage.DELETED_AT_ONCE", 10)
     names = ["ann" if number in (35, 36, 80) else "bob" for number in range(95)]
     storage.write([make_record(username=name) for name in names])
     statements: list[tuple[str, Any]] = []
@@ -865,7 +865,7 @@ def test_erase_walks_by_the_primary_key_and_writes_only_where_it_must(
 def test_any_key_a_row_can_have_is_walked_to(
     old: Path, storage: SQLStorage, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_usage_metrics.storage.sql.DELETED_AT_ONCE", at_once)
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.storage.DELETED_AT_ONCE", at_once)
     keys = (-(2**63), -5, 0, 2**62, 2**63 - 1)
     with plain(old) as connection:
         for key in keys:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from flask_usage_metrics.errors import StorageError, StorageUnavailable
-from flask_usage_metrics.storage.sql.dialects import BUSY_SECONDS, Dialect, Fault, dialect_of
+from flask_usage_metrics.storage.sql.dialects import dialect_of
+from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect, Fault
 from flask_usage_metrics.storage.sql.schema import Schema, Step
 
 _ATTEMPTS = 3

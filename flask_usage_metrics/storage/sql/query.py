@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from flask_usage_metrics.records.query import Every, Filter, Order
 from flask_usage_metrics.records.record import UsageRecord
-from flask_usage_metrics.storage.sql.dialects import Dialect
+from flask_usage_metrics.storage.sql.dialects.base import Dialect
 from flask_usage_metrics.storage.sql.table import COLUMN_OF, IF_NULL
 
 FIELDS = UsageRecord.__struct_fields__

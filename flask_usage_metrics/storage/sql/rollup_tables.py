@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from flask_usage_metrics.storage.sql.dialects import period_start
+from flask_usage_metrics.storage.sql.dialects.base import period_start
 from flask_usage_metrics.storage.sql.schema import Component
 from flask_usage_metrics.storage.sql.table import (
     BIG_INTEGER,

@@ -21,7 +21,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from flask_usage_metrics.records.query import Filter, next_start, truncate
-from flask_usage_metrics.storage.sql.dialects import Dialect, period_start
+from flask_usage_metrics.storage.sql.dialects.base import Dialect, period_start
 from flask_usage_metrics.storage.sql.query import Query
 from flask_usage_metrics.storage.sql.rollup_tables import (
     AT_MOST,

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from flask_usage_metrics.errors import StorageUnavailable
-from flask_usage_metrics.storage.sql.dialects import BUSY_SECONDS, Dialect, Fault
+from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect, Fault
 from flask_usage_metrics.storage.sql.table import INTEGER, KEY, Index
 
 

@@ -18,7 +18,7 @@ from flask_usage_metrics.records.query import (
     summary_order,
     truncate,
 )
-from flask_usage_metrics.storage.sql.dialects import Dialect, period_start
+from flask_usage_metrics.storage.sql.dialects.base import Dialect, period_start
 from flask_usage_metrics.storage.sql.query import Query
 from flask_usage_metrics.storage.sql.rollup_tables import (
     AT_MOST,

@@ -14,9 +14,10 @@ from sqlalchemy.dialects import mysql
 
 from flask_usage_metrics.errors import ConfigError, StorageError
 from flask_usage_metrics.records.query import Every
-from flask_usage_metrics.storage.sql.dialects import BUSY_SECONDS, Dialect, Fault
+from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect, Fault
+from flask_usage_metrics.storage.sql.dialects.columns_in_use import ColumnsInUse
 from flask_usage_metrics.storage.sql.dialects.json_batch import MOST_BYTES, check, divided
-from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, Columns, Filled
+from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, Columns
 
 # A time as text is "2026-11-22 09:00:00.000001".
 _PERIOD_CHARACTERS = {"hour": 13, "day": 10, "month": 7}
@@ -79,7 +80,7 @@ class MariaDB(Dialect):
 
     def __init__(self, engine: sa.Engine, *, owned: bool = False) -> None:
         super().__init__(engine, owned=owned)
-        self._filled = Filled()
+        self._in_use = ColumnsInUse()
 
     @classmethod
     def open(cls, location: sa.URL) -> MariaDB:
@@ -189,9 +190,9 @@ class MariaDB(Dialect):
         What a driver would do to quote it costs 13 µs a row.
         """
         check(columns)
-        filled = self._filled.with_rows(columns)
-        names = tuple(compress(COLUMN_NAMES, filled))
-        for batch in divided(list(compress(columns, filled)), _rows):
+        in_use = self._in_use.with_rows(columns)
+        names = tuple(compress(COLUMN_NAMES, in_use))
+        for batch in divided(list(compress(columns, in_use)), _rows):
             if len(batch) > MOST_BYTES // 4:
                 self._check_packet(connection, batch)
             connection.exec_driver_sql(self._insert(table, names, batch))

@@ -12,9 +12,10 @@ from sqlalchemy.dialects import postgresql
 
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.records.query import Every
-from flask_usage_metrics.storage.sql.dialects import BUSY_SECONDS, Dialect, Fault
+from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect, Fault
+from flask_usage_metrics.storage.sql.dialects.columns_in_use import ColumnsInUse
 from flask_usage_metrics.storage.sql.dialects.json_batch import check, divided, without_nul
-from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, Columns, Filled, to_json
+from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, Columns, to_json
 
 CONNECT_SECONDS = 10
 """How long a server that does not answer is waited for; libpq would do so for minutes."""
@@ -69,7 +70,7 @@ class PostgreSQL(Dialect):
 
     def __init__(self, engine: sa.Engine, *, owned: bool = False) -> None:
         super().__init__(engine, owned=owned)
-        self._filled = Filled()
+        self._in_use = ColumnsInUse()
         self._inserts: dict[tuple[str, ...], sa.TextClause] = {}
 
     @classmethod
@@ -146,12 +147,12 @@ class PostgreSQL(Dialect):
     def insert(self, connection: sa.Connection, table: sa.Table, columns: Columns) -> None:
         """Insert rows as one JSON parameter: an array of the values of each column."""
         check(columns)
-        filled = self._filled.with_rows(columns)
-        names = tuple(compress(COLUMN_NAMES, filled))
+        in_use = self._in_use.with_rows(columns)
+        names = tuple(compress(COLUMN_NAMES, in_use))
         statement = self._inserts.get(names)
         if statement is None:
             statement = self._inserts[names] = self._insert(table, names)
-        for batch in divided(list(compress(columns, filled)), list):
+        for batch in divided(list(compress(columns, in_use)), list):
             connection.execute(statement, {"batch": without_nul(batch).decode()})
 
     def _insert(self, table: sa.Table, columns: Sequence[str]) -> sa.TextClause:

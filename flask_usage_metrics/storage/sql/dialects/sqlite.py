@@ -17,7 +17,8 @@ from sqlalchemy.pool import QueuePool, StaticPool
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.records.query import Every
 from flask_usage_metrics.runtime.fork_gate import FORK_GATE
-from flask_usage_metrics.storage.sql.dialects import BUSY_SECONDS, Dialect, Fault, Place
+from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect, Fault, Place
+from flask_usage_metrics.storage.sql.dialects.columns_in_use import ParameterLayout
 from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, Columns, to_json, to_text
 
 WAL_BYTES = 64 * 1024 * 1024
@@ -69,7 +70,7 @@ class SQLite(Dialect):
         super().__init__(engine, owned=owned)
         self._file = file
         self._timeout = timeout
-        self._kinds = _Kinds()
+        self._layout = ParameterLayout()
         self._inserts: dict[int, str] = {}
         self._writes = 0
         self.reset_after_fork()
@@ -217,9 +218,9 @@ class SQLite(Dialect):
 
     def insert(self, connection: sa.Connection, table: sa.Table, columns: Columns) -> None:
         """Insert rows by few statements, of all columns that ever had a value."""
-        if self._kinds.learn(columns):
+        if self._layout.learn(columns):
             self._inserts.clear()
-        shared, own = self._kinds.shared, self._kinds.own
+        shared, own = self._layout.shared, self._layout.own
         once = [columns[position][0] for position in shared]
         # The transaction must begin with a write: one that reads first and then wants to
         # write is refused at once, whatever the timeout, when another writer was quicker.
@@ -237,7 +238,7 @@ class SQLite(Dialect):
             start += size
 
     def _insert(self, rows: int, table: sa.Table) -> str:
-        shared, own = self._kinds.shared, self._kinds.own
+        shared, own = self._layout.shared, self._layout.own
         quoted = self.engine.dialect.identifier_preparer.format_table(table)
         names = ", ".join(COLUMN_NAMES[position] for position in (*shared, *own))
         selected = ["?"] * len(shared) + [f"column{number + 1}" for number in range(len(own))]
@@ -336,41 +337,6 @@ class SQLite(Dialect):
         """Have the file be opened anew, which may be repaired or replaced before the next time."""
         is_used = self._identity is not None and _is_locked(error)
         return self._file is not None and not is_used
-
-
-class _Kinds:
-    """Of which columns rows have had values, and of which of these different ones.
-
-    To bind a text costs SQLite 700 instructions, of 30 000 a row: what is the same in all rows of
-    a batch is bound once. A column whose values differed once is taken to do so ever after, so
-    that the statements seldom change: to compile one takes as long as to run it.
-
-    Attributes:
-        blank: The positions of columns that never had a value; they are not named.
-        shared: The positions of those that never had two values in one batch.
-        own: The positions of the others; one at least, for a statement to have rows.
-    """
-
-    def __init__(self) -> None:
-        key = COLUMN_NAMES.index("record_id")
-        self.blank = tuple(position for position in range(len(COLUMN_NAMES)) if position != key)
-        self.shared: tuple[int, ...] = ()
-        self.own: tuple[int, ...] = (key,)
-
-    def learn(self, columns: Columns) -> bool:
-        """Look at the rows of a batch, and return whether anything changed."""
-        differ = {
-            position
-            for position in self.blank + self.shared
-            if columns[position].count(columns[position][0]) < len(columns[position])
-        }
-        filled = {position for position in self.blank if columns[position][0] is not None}
-        if not differ and not filled:
-            return False
-        self.own = (*self.own, *differ)
-        self.shared = tuple({*self.shared, *filled} - differ)
-        self.blank = tuple({*self.blank} - filled - differ)
-        return True
 
 
 def _configure_connection(connection: sqlite3.Connection, _: Any) -> None:
