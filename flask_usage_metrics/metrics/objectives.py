@@ -30,7 +30,7 @@ class Objective(msgspec.Struct, frozen=True):
     def event(self, record: UsageRecord) -> tuple[str, str]:
         """Return the labels a request is counted under: name, and ``"good"`` or ``"bad"``."""
         if self.seconds is None:
-            good = record.status // 100 != 5
+            good = not record.is_server_error
         else:
             good = record.duration_seconds <= self.seconds
         return self.name, "good" if good else "bad"

@@ -244,7 +244,7 @@ def summarize_records(
         if group is None:
             group = sums[key] = _Sums([0] * (len(bounds) + 1), set())
         group.requests += 1
-        group.errors += record.status // 100 == 5
+        group.errors += record.is_server_error
         group.bytes_sent += record.bytes_sent
         group.duration_seconds_sum += record.duration_seconds
         group.counts[bisect_left(bounds, record.duration_seconds)] += 1

@@ -103,6 +103,11 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
     parent_span_id: str | None = None
 
     @property
+    def is_server_error(self) -> bool:
+        """Whether the status is a 5xx: 500 to 599."""
+        return 500 <= self.status < 600
+
+    @property
     def url(self) -> str:
         """The whole URL, its path decoded."""
         url = f"{self.scheme}://{self.host}{self.root_path}{self.path}"

@@ -32,7 +32,7 @@ def route_of(record: UsageRecord) -> str:
 
 def is_error(record: UsageRecord) -> bool:
     """Tell whether the server failed: what a client did wrong is no error of its span."""
-    return record.exception is not None or record.status >= 500
+    return record.exception is not None or record.is_server_error
 
 
 def attributes_of(record: UsageRecord, *, user: bool) -> Attributes:

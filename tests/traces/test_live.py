@@ -122,6 +122,7 @@ def test_it_has_the_stable_names_of_http(traced: Traced) -> None:
         ("BREW", "/", "HTTP", 405, None),
         ("GET", "/client", "GET /client", 418, None),
         ("GET", "/server", "GET /server", 503, "503"),
+        ("GET", "/beyond", "GET /beyond", 600, None),
         ("GET", "/raises", "GET /raises", 500, "ZeroDivisionError"),
     ],
 )
@@ -130,6 +131,7 @@ def test_name_and_status_are_by_route_and_outcome(
 ) -> None:
     traced.app.add_url_rule("/client", "client", lambda: abort(418))
     traced.app.add_url_rule("/server", "server", lambda: ("x", 503))
+    traced.app.add_url_rule("/beyond", "beyond", lambda: ("x", 600))
     traced.app.add_url_rule("/raises", "raises", lambda: str(1 // 0))
     traced.site.request(path, method=method)
     span = traced.only()

@@ -1,0 +1,23 @@
+"""Facts that are derived from a record's fields, in one place for all outputs."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.records import make_record
+
+from flask_usage_metrics.metrics.objectives import Objective
+from flask_usage_metrics.records.query import summarize_records
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(0, False), (200, False), (404, False), (499, False), (500, True), (599, True)]
+    + [(600, False), (999, False)],
+)
+def test_a_server_error_is_a_status_of_500_to_599(status: int, expected: bool) -> None:
+    record = make_record(status=status)
+    assert record.is_server_error is expected
+    (summary,) = summarize_records([record], (), None, (1.0,))
+    assert summary.errors == expected
+    event = Objective("availability", 0.999).event(record)
+    assert event == ("availability", "bad" if expected else "good")
