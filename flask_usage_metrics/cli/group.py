@@ -6,7 +6,7 @@ import click
 from flask import current_app
 from flask.cli import AppGroup
 
-from flask_usage_metrics.extension import EXTENSION, Tracking
+from flask_usage_metrics.extension.tracking import Tracking, tracking_of
 from flask_usage_metrics.storage import Storage
 
 usage = AppGroup("usage", help="What flask_usage_metrics knows of this app's requests.")
@@ -30,7 +30,7 @@ def tracked() -> Tracking:
     Raises:
         Refused: There are none.
     """
-    tracking: Tracking | None = current_app.extensions.get(EXTENSION)
+    tracking = tracking_of(current_app)
     if tracking is None:
         raise Refused(
             f"the app {current_app.name!r} is not tracked: "
@@ -47,7 +47,7 @@ def readable() -> Storage:
     """
     tracking = tracked()
     try:
-        return tracking.owner.storage
+        return tracking.storage
     except RuntimeError:
         raise Refused(
             "none of the app's storages can be read: "

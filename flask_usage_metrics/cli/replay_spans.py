@@ -15,7 +15,8 @@ from flask import current_app
 from flask_usage_metrics.cli.group import Interrupted, Refused, amount, readable, usage
 from flask_usage_metrics.cli.times import exactly, to_the_minute, when
 from flask_usage_metrics.errors import ConfigError, StorageError
-from flask_usage_metrics.extension import own_version, settings
+from flask_usage_metrics.extension import settings
+from flask_usage_metrics.extension.tracking import package_version
 from flask_usage_metrics.traces.replay import NotTaken, Replay
 
 
@@ -109,7 +110,7 @@ def replay_spans(
             if not quiet:
                 click.echo(f"{amount(count, 'span')} would be exported, {stretch}")
             return
-        with Replay(current_app.name, user=_names_users(), version=own_version()) as replay:
+        with Replay(current_app.name, user=_names_users(), version=package_version()) as replay:
             count = storage.count(since, until, **filters) if has_bar else 0
             records = storage.records(since, until, **filters)
             with _progress(count if has_bar else None) as advance:

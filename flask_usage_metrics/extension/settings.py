@@ -1,4 +1,4 @@
-"""Every TRACK_USAGE_* key of an app: read once, checked once, plain values after."""
+"""The settings: every TRACK_USAGE_* key of an app's configuration, read and checked once."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from flask_usage_metrics.records.query import BUCKETS
 PREFIX = "TRACK_USAGE_"
 
 _LEAST_SPOOL_BYTES = 1024 * 1024
-"""With less, what is dropped at a time would be most of what waits."""
-
+"""With less, a segment that is dropped would be most of what waits."""
 
 _MOST_DAYS = 36_525
 """A century: enough for everybody, and never before the year 1."""
@@ -38,13 +37,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         metrics_path: Path of the Prometheus exposition; None: no route.
         metrics_token: Bearer token a scrape must show; None: everybody may read.
         exclude: Endpoint globs, or path globs when they start with ``/``.
-        country: See `country.make_country_lookup`.
+        country: See `enrich.country`.
         trusted_proxies: Who may say whom they speak for.
         use_freegeoip: Whether an HTTP service is asked for the country, as flask-track-usage did.
         freegeoip_endpoint: Its URL, with ``{ip}`` where the address goes.
         cookie: Whether people get a cookie that tells them apart.
         daily_visitors: Whether visitors are told apart, for a day, without one.
-        privacy: See `privacy.Policy`.
+        privacy: See `enrich.privacy.policy`.
         redact: Parts of names whose values are secret, besides the usual ones.
         respect_gpc: Whether visitors may ask not to be known.
         traces: Whether requests have spans, or the SpanExporter these go to.
@@ -53,7 +52,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         buffer_records: How many records may wait in front of each storage.
         flush_seconds: Seconds a record waits for others to be written with.
         inline: Whether a request waits until its record is written.
-        state_dir: Where the app's processes keep what they share; None: see `state`.
+        state_dir: Where the app's processes keep what they share; None: see
+            `state_dir.default_places`.
         spool_bytes: What may wait on disk for each storage that is down.
         retention_days: How many days records are kept; None: for ever.
     """
@@ -89,11 +89,8 @@ class Key(msgspec.Struct, frozen=True):
     Attributes:
         default: What holds when the key is absent; given to `parse` like any other value.
         expected: What a value must be, for the error message.
-        parse: Returns the plain value.
-
-    Raises:
-                ConfigError: The value is wrong, with a message of its own.
-                Exception: The value is not what is expected.
+        parse: Returns the plain value; raises ConfigError with a message of its own, or anything
+            else if the value is not what is expected.
     """
 
     default: Any

@@ -1,225 +1,211 @@
-"""Makes the parts of one app that depend on its settings, for `extension` to wire."""
+"""Puts the parts of one app together; the only module that knows every room."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+import atexit
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from flask import Flask
+from flask import Flask, Response, request
+from prometheus_client import CollectorRegistry
 
-from flask_usage_metrics.capture.visitor_cookie import VisitorCookie
-from flask_usage_metrics.enrich import clients
-from flask_usage_metrics.enrich.cleaning import blueprint_of
+from flask_usage_metrics.capture import track_var
+from flask_usage_metrics.capture.context import ContextReader
+from flask_usage_metrics.capture.middleware import Middleware
+from flask_usage_metrics.capture.observer import Observer
+from flask_usage_metrics.capture.scope import Marks, Scope
+from flask_usage_metrics.capture.users import Users
+from flask_usage_metrics.enrich.country import make_country_lookup
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.privacy.policy import Policy
-from flask_usage_metrics.enrich.privacy.pseudonyms import Pseudonyms
-from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
-from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 from flask_usage_metrics.errors import ConfigError
-from flask_usage_metrics.extension.settings import Settings
-from flask_usage_metrics.metrics.totals import Totals
-from flask_usage_metrics.pipeline.delivery.sink import Sink
-from flask_usage_metrics.pipeline.worker import METRICS_SINK
+from flask_usage_metrics.extension.parts import (
+    configure_storages,
+    join_totals,
+    make_pseudonyms,
+    make_sinks,
+    make_traces,
+    make_visitors,
+    make_writers,
+)
+from flask_usage_metrics.extension.settings import read
+from flask_usage_metrics.extension.tracking import Tracking, keep, package_version
+from flask_usage_metrics.metrics.exposition.collector import collector_of
+from flask_usage_metrics.metrics.exposition.view import Exposition
+from flask_usage_metrics.pipeline.journal import Journal
+from flask_usage_metrics.pipeline.worker import Pipeline
+from flask_usage_metrics.pipeline.worker_group import WorkerGroup
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.key_files import find_key, make_key
-from flask_usage_metrics.runtime.private_files import StateUnavailable
-from flask_usage_metrics.runtime.state_dir import StateDir, default_places
-from flask_usage_metrics.storage import Storage, Writer, as_writer
+from flask_usage_metrics.runtime.forks import FORKS
 
-if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
+METRICS_ENDPOINT = "track_usage_metrics"
 
-    from flask_usage_metrics.traces.conventions import Attributes
-    from flask_usage_metrics.traces.live import Tracing
+IDLE_SECONDS = 60.0
+"""A thread of ours without work ends after this long; starting one costs 0.1 ms."""
 
-PSEUDONYMS = "pseudonyms.key"
-
-logger = logging.getLogger("flask_usage_metrics")
+_EXIT_SECONDS = 5.0
 
 
-def make_writers(given: Any, settings: Settings, app: Flask) -> list[Writer]:
-    """Return the storages that were meant.
+class Given(NamedTuple):
+    """Arguments of `TrackUsage` that hold for each of its apps, and the views it marked."""
 
-    Raises:
-        ConfigError: It is not understood, or a driver is missing.
-    """
-    where = "storage"
-    if given is None:
-        given, where = settings.storage, "TRACK_USAGE_STORAGE"
-    if given is None:
-        given = f"sqlite:///{Path(app.instance_path, 'usage.sqlite3').as_posix()}"
-    items = given if isinstance(given, list | tuple) else [given]
-    writers = [as_writer(item, where) for item in items]
-    for writer in writers:
-        writer.bind_app(app)
-    return writers
+    registry: CollectorRegistry
+    country: Callable[[str], str | None] | None
+    username: Callable[[], object] | None
+    consumer: Callable[[], object] | None
+    tracer_provider: Any
+    included: Marks
+    excluded: Marks
 
 
-def configure_storages(
-    writers: Sequence[Writer], settings: Settings, pseudonyms: Pseudonyms
-) -> None:
-    """Tell the storages that can be read what this app's settings say of reading."""
-    for writer in writers:
-        if isinstance(writer, Storage):
-            writer.configure(bounds=settings.shape.buckets, pseudonyms=pseudonyms.all)
+def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
+    """Track an app from now on.
 
-
-def make_sinks(
-    writers: Sequence[Writer],
-    totals: Totals,
-    settings: Settings,
-    *,
-    idle_seconds: float,
-    faults: Faults,
-) -> list[Sink]:
-    """Return a sink for each storage, with a name that no other has."""
-    days = settings.retention_days
-    keep = None if days is None else timedelta(days=days)
-    names = {METRICS_SINK}
-    sinks = []
-    for writer in writers:
-        name, number = writer.name, 1
-        while name in names:
-            number += 1
-            name = f"{writer.name}-{number}"
-        names.add(name)
-        sinks.append(
-            Sink(
-                writer,
-                totals.sink_counters(name),
-                capacity=settings.buffer_records,
-                # Longer than the worker, so that there is a thread for what it brings.
-                idle_seconds=2 * idle_seconds + settings.flush_seconds,
-                faults=faults,
-                keep=keep,
-            )
-        )
-    return sinks
-
-
-def join_totals(totals: Totals, app: Flask, settings: Settings, writers: Sequence[Writer]) -> str:
-    """Return a name for the app, the same in all its processes, that no other app has."""
-    if totals.state is None:
-        places = (
-            default_places(Path(app.instance_path))
-            if settings.state_dir is None
-            else [Path(settings.state_dir)]
-        )
-        totals.state = StateDir(places, f"{app.name} {app.import_name} {app.root_path}")
-    # What was meant for one storage must not come to another.
-    storages = " ".join(writer.identity for writer in writers)
-    key = f"{app.name} {len(totals.apps)} {storages}"
-    totals.apps.append(key)
-    return key
-
-
-class Visitors(NamedTuple):
-    """What tells visitors apart, by hash and by cookie, and what counts them.
-
-    Attributes:
-        ids: Hashes visitors; destroys the keys of past days, also of those when it was asked to
-            hash and now is not.
-        identifies: Whether it is asked to.
-    """
-
-    ids: VisitorIds
-    identifies: bool = False
-    cookie: VisitorCookie | None = None
-    tally: VisitorTally | None = None
-
-
-def make_visitors(
-    settings: Settings, policy: Policy, totals: Totals, key: str, faults: Faults
-) -> Visitors:
-    """Return the parts that have to do with visitors."""
-    ids = VisitorIds(totals.state, key, faults)
-    if not (settings.cookie or settings.daily_visitors):
-        return Visitors(ids)
-    if not policy.keeps_visitors:
-        logger.warning("TRACK_USAGE_PRIVACY = 'strict' keeps no visitors: they are not told apart")
-        return Visitors(ids)
-    return Visitors(
-        ids,
-        settings.daily_visitors,
-        VisitorCookie(policy.headers) if settings.cookie else None,
-        VisitorTally(totals.state, key, faults),
-    )
-
-
-def make_pseudonyms(app: Flask, totals: Totals, faults: Faults) -> Pseudonyms:
-    """Return what user names become where they are not kept."""
-
-    def keys() -> list[bytes]:
-        given = [app.secret_key, *(app.config.get("SECRET_KEY_FALLBACKS") or ())]
-        keys = [key.encode() if isinstance(key, str) else bytes(key) for key in given if key]
-        if keys or totals.state is None:
-            return keys
-        try:
-            files = [home / PSEUDONYMS for home in totals.state.homes()]
-            return [find_key(files) or make_key(totals.state.home() / PSEUDONYMS)]
-        except (OSError, StateUnavailable) as error:
-            faults.report("pseudonyms", error, "no user names are kept; set SECRET_KEY")
-            return []
-
-    return Pseudonyms(keys)
-
-
-class Traces(NamedTuple):
-    """What makes spans of one app's requests, and what ends and exports them."""
-
-    tracing: Tracing
-    writer: Writer
-
-
-def make_traces(
-    app: Flask,
-    settings: Settings,
-    provider: Any,
-    enricher: Enricher,
-    *,
-    version: str,
-    faults: Faults,
-) -> Traces | None:
-    """Return the parts that trace requests; None if they are not to be traced.
+    Args:
+        app: The app, whose configuration is read.
+        given: Arguments of the `TrackUsage`.
+        storage: Where records go, as it was given; None: see the settings.
+        owner: The `TrackUsage`.
 
     Raises:
-        ConfigError: OpenTelemetry is not installed, or what was given is no provider.
+        ConfigError: A setting or argument is wrong.
     """
-    if not settings.traces and provider is None:
-        return None
-    try:
-        # Imported here: most apps have no traces, and OpenTelemetry costs 50 ms and more.
-        from flask_usage_metrics.traces.conventions import hints_of
-        from flask_usage_metrics.traces.export import TraceExport
-        from flask_usage_metrics.traces.live import LiveSpans, Tracing
-        from flask_usage_metrics.traces.writer import SpanWriter
-    except ImportError:
-        raise ConfigError(
-            "opentelemetry is not installed: pip install 'flask-usage-metrics[otlp]'"
-        ) from None
-    if provider is not None and not hasattr(provider, "get_tracer"):
-        raise ConfigError(
-            f"tracer_provider must be a TracerProvider or None, not {type(provider).__name__}"
-        )
-    given = None if isinstance(settings.traces, bool) else settings.traces
-    export = TraceExport(provider, given, app.name)
-    live = LiveSpans(settings.buffer_records)
-
-    def hints(environ: WSGIEnvironment, endpoint: str | None) -> Attributes:
-        client = clients.kind(environ.get("HTTP_USER_AGENT", ""))
-        return hints_of(endpoint, blueprint_of(endpoint), client, enricher.country_now(environ))
-
-    tracing = Tracing(
-        app,
-        export.provider,
-        live=live,
-        hints=hints,
-        skip=settings.metrics_path,
-        version=version,
+    settings = read(app.config)
+    faults = Faults()
+    version = package_version()
+    collector = collector_of(given.registry, settings.shape, version)
+    country_lookup = make_country_lookup(
+        settings.country,
+        trusted_proxies=bool(settings.trusted_proxies),
+        use_freegeoip=settings.use_freegeoip,
+        freegeoip_endpoint=settings.freegeoip_endpoint,
+        function=given.country,
         faults=faults,
     )
-    writer = SpanWriter(export, live, user=settings.traces_enduser, version=version)
-    return Traces(tracing, writer)
+    writers = make_writers(storage, settings, app)
+    exposition = Exposition(given.registry, collector, settings.metrics_token, faults)
+    if settings.metrics_path is not None:
+        _add_route(app, settings.metrics_path, lambda: exposition.answer(request))
+    key = join_totals(collector.totals, app, settings, writers)
+    pseudonyms = make_pseudonyms(app, collector.totals, faults)
+    configure_storages(writers, settings, pseudonyms)
+    policy = Policy(
+        settings.privacy,
+        settings.redact,
+        respects_refusals=settings.respect_gpc,
+        pseudonyms=pseudonyms,
+    )
+    visitors = make_visitors(settings, policy, collector.totals, key, faults)
+    enricher = Enricher(
+        app.name,
+        key,
+        country_lookup=country_lookup,
+        trusted=settings.trusted_proxies,
+        visitors=visitors.ids,
+        identifies=visitors.identifies,
+        policy=policy,
+    )
+    # What records are written to, the spans included.
+    traces = make_traces(
+        app, settings, given.tracer_provider, enricher, version=version, faults=faults
+    )
+    to_write = writers if traces is None else [*writers, traces.writer]
+    sinks = make_sinks(
+        to_write, collector.totals, settings, idle_seconds=IDLE_SECONDS, faults=faults
+    )
+    # From the request to all of these.
+    pipeline = Pipeline(
+        journal=Journal(settings.buffer_records),
+        worker_group=WorkerGroup(
+            collector.totals.state,
+            key,
+            totals=collector.totals,
+            spool_bytes=settings.spool_bytes,
+            faults=faults,
+        ),
+        enricher=enricher,
+        tally=visitors.tally,
+        totals=collector.totals,
+        spans=None if traces is None else sinks[-1],
+        sinks=sinks,
+        flush_seconds=settings.flush_seconds,
+        idle_seconds=IDLE_SECONDS,
+        inline=settings.inline,
+        faults=faults,
+    )
+    # In the request.
+    scope = Scope(
+        app,
+        include_only=settings.include_only,
+        included=given.included,
+        excluded=given.excluded,
+        never=settings.exclude,
+        own=(METRICS_ENDPOINT,),
+    )
+    observer = Observer(
+        app,
+        scope=scope,
+        submit=pipeline.submit,
+        lose=pipeline.lose,
+        context_reader=ContextReader(
+            Users(app, username=given.username, consumer=given.consumer, faults=faults),
+            visitors.cookie,
+            None if traces is None else traces.tracing,
+            faults,
+        ),
+        headers=enricher.headers,
+        faults=faults,
+    )
+    middleware = Middleware(app, observer, start=_start(pipeline))
+    track_var.install(app)
+    app.wsgi_app = middleware.wsgi_app  # type: ignore[method-assign]
+    tracking = Tracking(
+        owner=owner,
+        given_storage=storage,
+        writers=writers,
+        exposition=exposition,
+        middleware=middleware,
+        pipeline=pipeline,
+        tally=visitors.tally,
+        traces=traces,
+        faults=faults,
+    )
+    keep(app, tracking)
+    collector.totals.watch(tracking, faults)
+    FORKS.register(collector.totals)
+    FORKS.register(tracking)
+
+
+def _add_route(app: Flask, path: str, view: Callable[[], Response]) -> None:
+    for rule in app.url_map.iter_rules():
+        if rule.rule == path and "GET" in (rule.methods or ()):
+            raise ConfigError(
+                f"the path {path} belongs to the endpoint {rule.endpoint!r}: "
+                "set TRACK_USAGE_METRICS_PATH to another path, or to None"
+            )
+    app.add_url_rule(path, METRICS_ENDPOINT, view)
+
+
+def _start(pipeline: Pipeline) -> Callable[[bool, bool], Callable[[], None] | None]:
+    """Return what gets a process ready for its first request."""
+
+    def start(multiprocess: bool, ends: bool) -> Callable[[], None] | None:
+        # So late, for exit handlers run in reverse order: ours has to come before that of a
+        # tracer provider, which the app has made by now.
+        _at_exit(pipeline)
+        return pipeline.begin(multiprocess, ends)
+
+    return start
+
+
+def _at_exit(pipeline: Pipeline) -> None:
+    # By way of a weak reference: a pipeline lives as long as its app, or as its worker has work.
+    reference = weakref.ref(pipeline)
+
+    def close() -> None:
+        alive = reference()
+        if alive is not None:
+            alive.close(_EXIT_SECONDS)
+
+    atexit.register(close)

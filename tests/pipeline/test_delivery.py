@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from helpers.front_door import Site
 
-from flask_usage_metrics import StorageUnavailable, UsageRecord, extension
+from flask_usage_metrics import StorageUnavailable, UsageRecord
+from flask_usage_metrics.extension import wiring
 from flask_usage_metrics.pipeline import worker as pipeline
 from flask_usage_metrics.storage import Writer
 
@@ -440,7 +441,7 @@ def test_a_fork_while_our_locks_are_held_hangs_no_child() -> None:
 def test_idle_threads_end_and_start_again(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extension, "IDLE_SECONDS", 0.02)
+    monkeypatch.setattr(wiring, "IDLE_SECONDS", 0.02)
     kept = Kept()
     site = make_site(kept, FLUSH_SECONDS=0.01)
 

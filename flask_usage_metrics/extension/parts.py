@@ -1,0 +1,225 @@
+"""Makers of the parts that depend on the settings of an app; `wiring` puts them together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flask import Flask
+
+from flask_usage_metrics.capture.visitor_cookie import VisitorCookie
+from flask_usage_metrics.enrich import clients
+from flask_usage_metrics.enrich.cleaning import blueprint_of
+from flask_usage_metrics.enrich.enricher import Enricher
+from flask_usage_metrics.enrich.privacy.policy import Policy
+from flask_usage_metrics.enrich.privacy.pseudonyms import Pseudonyms
+from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
+from flask_usage_metrics.enrich.visitors.tally import VisitorTally
+from flask_usage_metrics.errors import ConfigError
+from flask_usage_metrics.extension.settings import Settings
+from flask_usage_metrics.metrics.totals import Totals
+from flask_usage_metrics.pipeline.delivery.sink import Sink
+from flask_usage_metrics.pipeline.worker import METRICS_SINK
+from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.key_files import find_key, make_key
+from flask_usage_metrics.runtime.private_files import StateUnavailable
+from flask_usage_metrics.runtime.state_dir import StateDir, default_places
+from flask_usage_metrics.storage import Storage, Writer, as_writer
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+    from flask_usage_metrics.traces.conventions import Attributes
+    from flask_usage_metrics.traces.live import Tracing
+
+PSEUDONYMS = "pseudonyms.key"
+
+logger = logging.getLogger("flask_usage_metrics")
+
+
+def make_writers(given: Any, settings: Settings, app: Flask) -> list[Writer]:
+    """Return the storages that were meant.
+
+    Raises:
+        ConfigError: It is not understood, or a driver is missing.
+    """
+    where = "storage"
+    if given is None:
+        given, where = settings.storage, "TRACK_USAGE_STORAGE"
+    if given is None:
+        given = f"sqlite:///{Path(app.instance_path, 'usage.sqlite3').as_posix()}"
+    items = given if isinstance(given, list | tuple) else [given]
+    writers = [as_writer(item, where) for item in items]
+    for writer in writers:
+        writer.bind_app(app)
+    return writers
+
+
+def configure_storages(
+    writers: Sequence[Writer], settings: Settings, pseudonyms: Pseudonyms
+) -> None:
+    """Tell the storages that can be read what this app's settings say of reading."""
+    for writer in writers:
+        if isinstance(writer, Storage):
+            writer.configure(bounds=settings.shape.buckets, pseudonyms=pseudonyms.all)
+
+
+def make_sinks(
+    writers: Sequence[Writer],
+    totals: Totals,
+    settings: Settings,
+    *,
+    idle_seconds: float,
+    faults: Faults,
+) -> list[Sink]:
+    """Return a sink for each storage, with a name that no other has."""
+    days = settings.retention_days
+    keep = None if days is None else timedelta(days=days)
+    names = {METRICS_SINK}
+    sinks = []
+    for writer in writers:
+        name, number = writer.name, 1
+        while name in names:
+            number += 1
+            name = f"{writer.name}-{number}"
+        names.add(name)
+        sinks.append(
+            Sink(
+                writer,
+                totals.sink_counters(name),
+                capacity=settings.buffer_records,
+                # Longer than the worker, so that there is a thread for what it brings.
+                idle_seconds=2 * idle_seconds + settings.flush_seconds,
+                faults=faults,
+                keep=keep,
+            )
+        )
+    return sinks
+
+
+def join_totals(totals: Totals, app: Flask, settings: Settings, writers: Sequence[Writer]) -> str:
+    """Return a name for the app, the same in all its processes, that no other app has."""
+    if totals.state is None:
+        places = (
+            default_places(Path(app.instance_path))
+            if settings.state_dir is None
+            else [Path(settings.state_dir)]
+        )
+        totals.state = StateDir(places, f"{app.name} {app.import_name} {app.root_path}")
+    # What was meant for one storage must not come to another.
+    storages = " ".join(writer.identity for writer in writers)
+    key = f"{app.name} {len(totals.apps)} {storages}"
+    totals.apps.append(key)
+    return key
+
+
+class Visitors(NamedTuple):
+    """What tells visitors apart, by hash and by cookie, and what counts them.
+
+    Attributes:
+        ids: Hashes visitors; destroys the keys of past days, also of those when it was asked to
+            hash and now is not.
+        identifies: Whether it is asked to.
+    """
+
+    ids: VisitorIds
+    identifies: bool = False
+    cookie: VisitorCookie | None = None
+    tally: VisitorTally | None = None
+
+
+def make_visitors(
+    settings: Settings, policy: Policy, totals: Totals, key: str, faults: Faults
+) -> Visitors:
+    """Return the parts that have to do with visitors."""
+    ids = VisitorIds(totals.state, key, faults)
+    if not (settings.cookie or settings.daily_visitors):
+        return Visitors(ids)
+    if not policy.keeps_visitors:
+        logger.warning("TRACK_USAGE_PRIVACY = 'strict' keeps no visitors: they are not told apart")
+        return Visitors(ids)
+    return Visitors(
+        ids,
+        settings.daily_visitors,
+        VisitorCookie(policy.headers) if settings.cookie else None,
+        VisitorTally(totals.state, key, faults),
+    )
+
+
+def make_pseudonyms(app: Flask, totals: Totals, faults: Faults) -> Pseudonyms:
+    """Return what user names become where they are not kept."""
+
+    def keys() -> list[bytes]:
+        given = [app.secret_key, *(app.config.get("SECRET_KEY_FALLBACKS") or ())]
+        keys = [key.encode() if isinstance(key, str) else bytes(key) for key in given if key]
+        if keys or totals.state is None:
+            return keys
+        try:
+            files = [home / PSEUDONYMS for home in totals.state.homes()]
+            return [find_key(files) or make_key(totals.state.home() / PSEUDONYMS)]
+        except (OSError, StateUnavailable) as error:
+            faults.report("pseudonyms", error, "no user names are kept; set SECRET_KEY")
+            return []
+
+    return Pseudonyms(keys)
+
+
+class Traces(NamedTuple):
+    """What makes spans of one app's requests, and what ends and exports them."""
+
+    tracing: Tracing
+    writer: Writer
+
+
+def make_traces(
+    app: Flask,
+    settings: Settings,
+    provider: Any,
+    enricher: Enricher,
+    *,
+    version: str,
+    faults: Faults,
+) -> Traces | None:
+    """Return the parts that trace requests; None if they are not to be traced.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed, or what was given is no provider.
+    """
+    if not settings.traces and provider is None:
+        return None
+    try:
+        # Imported here: most apps have no traces, and OpenTelemetry costs 50 ms and more.
+        from flask_usage_metrics.traces.conventions import hints_of
+        from flask_usage_metrics.traces.export import TraceExport
+        from flask_usage_metrics.traces.live import LiveSpans, Tracing
+        from flask_usage_metrics.traces.writer import SpanWriter
+    except ImportError:
+        raise ConfigError(
+            "opentelemetry is not installed: pip install 'flask-usage-metrics[otlp]'"
+        ) from None
+    if provider is not None and not hasattr(provider, "get_tracer"):
+        raise ConfigError(
+            f"tracer_provider must be a TracerProvider or None, not {type(provider).__name__}"
+        )
+    given = None if isinstance(settings.traces, bool) else settings.traces
+    export = TraceExport(provider, given, app.name)
+    live = LiveSpans(settings.buffer_records)
+
+    def hints(environ: WSGIEnvironment, endpoint: str | None) -> Attributes:
+        client = clients.kind(environ.get("HTTP_USER_AGENT", ""))
+        return hints_of(endpoint, blueprint_of(endpoint), client, enricher.country_now(environ))
+
+    tracing = Tracing(
+        app,
+        export.provider,
+        live=live,
+        hints=hints,
+        skip=settings.metrics_path,
+        version=version,
+        faults=faults,
+    )
+    writer = SpanWriter(export, live, user=settings.traces_enduser, version=version)
+    return Traces(tracing, writer)
