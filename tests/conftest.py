@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers.front_door import Site, sites
 
+pytest_plugins = ["helpers.selection"]
+
 
 @pytest.fixture
 def make_site(tmp_path: Path) -> Iterator[Callable[..., Site]]:

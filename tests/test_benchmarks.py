@@ -53,6 +53,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("part", EVERYBODY)
 def test_each_part_measures_everybody(part: str) -> None:
     done = run(part, "--quick")

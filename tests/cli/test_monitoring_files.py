@@ -52,6 +52,7 @@ def check(command: str, *paths: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.servers
 def test_it_is_what_the_repository_ships_and_the_apps_own_configuration(tmp_path: Path) -> None:
     result = write(tmp_path)
     assert result.exit_code == 0, result.output
@@ -81,6 +82,7 @@ def test_the_folder_in_the_repository_is_that_of_an_app_called_flask() -> None:
         assert (GRAFANA / path).read_text() == text, path
 
 
+@pytest.mark.servers
 def test_job_targets_path_and_token_are_the_apps(tmp_path: Path) -> None:
     options = ["--job", 'web "1"', "--target", "10.0.0.5:80", "--target", "[2001:db8::5]:80"]
     result = write(tmp_path, *options, METRICS_PATH="/usage/metrics", METRICS_TOKEN="se cret\n")
@@ -172,6 +174,7 @@ def test_only_names_of_labels_are_renamed(query: str, expected: str | None) -> N
     assert _renamed_query(query, {"endpoint": "route"}) == (query if expected is None else expected)
 
 
+@pytest.mark.servers
 def test_no_label_keeps_its_name_where_all_are_renamed(tmp_path: Path) -> None:
     names = {label: f"a_{label}" for label in LABELS}
     assert write(tmp_path, LABEL_NAMES=names).exit_code == 0

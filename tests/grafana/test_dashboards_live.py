@@ -19,6 +19,8 @@ from helpers.dashboards import DASHBOARDS, chosen, panels, substituted, targets,
 from flask_usage_metrics import UsageRecord
 from flask_usage_metrics.records.query import BUCKETS
 
+pytestmark = pytest.mark.servers
+
 OVERVIEW, AUDIENCE, ENDPOINT = (f"flask-usage-{it}" for it in ("overview", "audience", "endpoint"))
 
 Chosen = str | list[str]

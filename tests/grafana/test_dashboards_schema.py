@@ -18,6 +18,8 @@ PACKAGES = {"@grafana/schema": "13.2.3", "typescript": "7.0.2"}
 
 TYPES = """
 import type {
+
+pytestmark = pytest.mark.servers
   AnnotationQuery, Dashboard, FieldConfig, Panel, RowPanel,
 } from "{raw}/dashboard/x/types.gen";
 {imports}

@@ -51,6 +51,7 @@ def changed(folder: Path, change: Callable[[str], str]) -> Path:
     return copy
 
 
+@pytest.mark.servers
 def test_promtool_has_no_objections() -> None:
     files = sorted(path.name for path in RULES.glob("*.yml"))
     assert files == [ALERTS, RECORDING]
@@ -58,12 +59,14 @@ def test_promtool_has_no_objections() -> None:
     assert content, said
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("case", CASES)
 def test_on_made_up_series(case: str) -> None:
     content, said = promtool("test", "rules", case, folder=RULES / "tests")
     assert content, said
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("case", CASES)
 def test_on_made_up_series_as_prometheus_3_reads_windows(tmp_path: Path, case: str) -> None:
     # Without the sample at a window's very beginning: a window that is a millisecond shorter.
@@ -77,6 +80,7 @@ def guard(window: str, least: float) -> str:
     return f"and\n            30 * sum_over_time({errors}[{window}]) > {least}"
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize(
     ("condition", "case"),
     [
@@ -247,6 +251,7 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
         yield Shop(tmp_path, prometheus)
 
 
+@pytest.mark.servers
 def test_an_app_that_fails_pages_until_it_is_mended(shop: Shop) -> None:
     shop.wait_until_measured()
     shop.prices.unlink()
@@ -257,6 +262,7 @@ def test_an_app_that_fails_pages_until_it_is_mended(shop: Shop) -> None:
     assert shop.ever_fired() == BURNS
 
 
+@pytest.mark.servers
 def test_a_storage_that_cannot_be_written_to_is_told_until_it_can(shop: Shop) -> None:
     shop.wait_until_measured()
     down = {("FlaskUsageSinkDown", "sqlite")}

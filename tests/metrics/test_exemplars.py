@@ -399,6 +399,7 @@ class TestSiblings:
         until(lambda: ours.sync() or numbers(theirs), {("user", "0.025"): 2})
 
 
+@pytest.mark.servers
 class TestPrometheus:
     @pytest.fixture
     def served(self) -> Iterator[tuple[str, Totals]]:
@@ -463,6 +464,7 @@ class TestPrometheus:
             assert out_of_order in requests.get(f"{prometheus.address}/metrics", timeout=10).text
 
 
+@pytest.mark.servers
 def test_a_spike_leads_to_the_trace_and_the_record_whoever_answered(tmp_path: Path) -> None:
     traced = {"FLASK_TRACK_USAGE_TRACES": "true", "OTEL_TRACES_EXPORTER": "none"}
     with Gunicorn(tmp_path, "-w", "3", **traced) as server:
