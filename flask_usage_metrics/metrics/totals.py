@@ -122,16 +122,11 @@ class Totals:
         self._faults: list[Faults] = []
         self._names = {described: _names(described, shape) for described in DESCRIPTIONS}
         self._picked = [REQUEST_LABELS.index(label) for label in shape.histogram_labels]
-        self._inherited: list[SharedTotals] = []
         self._file: SharedTotals | None = None
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
         """Start at zero: the parent process keeps counting its own."""
-        if self._file is not None:
-            # Kept rather than closed: SQLite forbids to use, even to close, a connection in
-            # another process than the one that opened it.
-            self._inherited.append(self._file)
         self._file = None
         self._is_shared = True
         self._retry_at = 0.0

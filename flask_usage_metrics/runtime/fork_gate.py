@@ -33,13 +33,16 @@ class ForkGate:
     def _start(self) -> None:
         # Reentrant: a signal handler that forks may interrupt the holder.
         self._changed = threading.Condition(threading.RLock())
-        self._inside: set[object] = set()
+        self._inside: set[int] = set()
         self._forking = 0
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Hold the lock, shared; blocks while a fork is under way. Not reentrant."""
-        one = object()
+        """Hold the lock, shared; blocks while a fork is under way. Reentrant."""
+        one = threading.get_ident()
+        if one in self._inside:
+            yield
+            return
         with self._changed:
             self._changed.wait_for(lambda: not self._forking, _PATIENCE_SECONDS)
             self._inside.add(one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 try:
@@ -70,11 +71,46 @@ def open_private(path: Path, *, exclusive: bool = False) -> int:
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(path, flags | (os.O_EXCL if exclusive else 0), 0o600)
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+    try:
+        _check_file(os.fstat(descriptor))
+    except OSError:
         os.close(descriptor)
-        raise PermissionError("not a file of this user")
+        raise
     return descriptor
+
+
+def check_private_file(path: Path) -> os.stat_result:
+    """Refuse what another user could have planted in a file's place.
+
+    Returns:
+        What the system says of the file.
+
+    Raises:
+        OSError: There is none, or it is another user's, a link or no regular file.
+    """
+    found = path.lstat()
+    _check_file(found)
+    return found
+
+
+def make_private_file(path: Path) -> os.stat_result:
+    """Make an empty file for this user only, unless it exists, and check it.
+
+    An existing one is not opened: to close it would take away all locks (``fcntl``) that this
+    process has on it, such as SQLite's (https://www.sqlite.org/howtocorrupt.html, 2.2).
+
+    Returns:
+        What the system says of the file.
+
+    Raises:
+        OSError: It cannot be made, or `check_private_file` refuses it.
+    """
+    try:
+        return check_private_file(path)
+    except FileNotFoundError:
+        with suppress(FileExistsError):  # another process was quicker
+            os.close(open_private(path, exclusive=True))
+    return check_private_file(path)
 
 
 def try_lock(descriptor: int) -> bool:
@@ -97,3 +133,8 @@ def is_still(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except OSError:
         return False
+
+
+def _check_file(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        raise PermissionError("not a file of this user")

@@ -114,6 +114,27 @@ def test_who_comes_while_a_fork_waits_lets_it_go_first(tmp_path: Path) -> None:
     run(GATE + textwrap.dedent(program), tmp_path)
 
 
+def test_who_is_inside_may_enter_again_while_a_fork_waits(tmp_path: Path) -> None:
+    program = """
+        fork_gate._PATIENCE_SECONDS = 40
+        gate = fork_gate.ForkGate()
+        start = time.monotonic()
+        with gate.entered():
+            forking = threading.Thread(target=lambda: ended_well(child_of(lambda: True)))
+            forking.start()
+            while not gate._forking:
+                time.sleep(0.001)
+            with gate.entered():
+                pass
+            time.sleep(0.01)
+            assert forking.is_alive()  # it is inside still
+        forking.join()
+        assert time.monotonic() - start < 20
+        assert enters(gate)
+    """
+    run(GATE + textwrap.dedent(program), tmp_path)
+
+
 def test_a_child_that_was_forked_from_inside_goes_on(tmp_path: Path) -> None:
     program = """
         fork_gate._PATIENCE_SECONDS = 0.2

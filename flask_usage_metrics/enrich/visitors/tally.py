@@ -1,30 +1,30 @@
-"""How many visitors there were today: one set of ids that all processes of the app share."""
+"""The number of visitors today: one set of ids that all processes of an app share."""
 
 from __future__ import annotations
 
-import os
 import secrets
 import sqlite3
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
+from os.path import lexists
 from pathlib import Path
-from typing import Any
-from weakref import finalize
 
 from flask_usage_metrics.enrich.visitors.files import DAY_SECONDS, VisitorFiles
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.fork_gate import FORK_GATE
-from flask_usage_metrics.runtime.private_files import StateUnavailable, open_private
+from flask_usage_metrics.runtime.private_files import (
+    StateUnavailable,
+    check_private_file,
+    make_private_file,
+)
+from flask_usage_metrics.runtime.shared_database import SharedDatabase
 from flask_usage_metrics.runtime.state_dir import StateDir
 from flask_usage_metrics.runtime.texts import encodable
 
-_BUSY_SECONDS = 1.0
 _PAUSE_SECONDS = 1.0
-"""The file is left alone for so long when it could not be used."""
+"""How long the file is left alone after it could not be used."""
 
 _BATCH = _RECENT = 4096
 _MAX_PENDING = 100_000
@@ -36,17 +36,13 @@ _SCHEMA = (
 
 
 class VisitorTally:
-    """How many different visitors there were today (UTC), over all processes and restarts.
+    """Counts the different visitors of today (UTC), over all processes and restarts.
 
-    The file is opened for each visit and closed after it, which costs 0.1 ms. A connection that
-    stays open over a fork makes SQLite take the child's locks for granted, and what the child
-    writes is lost when the parent closes its own (https://www.sqlite.org/howtocorrupt.html, 2.6);
-    and a WAL whose database is removed under it makes the next one unusable ("disk I/O error")
-    until all have closed theirs. Both were seen with SQLite 3.40.
+    While there is no place for the file, each process counts alone, in memory.
 
     Args:
         state: Where the app's processes keep what they share; None: nowhere.
-        app: What no other app in the same place has.
+        app: Name of the app, which no other in the same place has.
         faults: Where failures are reported.
         clock: Seconds since the epoch; for tests.
     """
@@ -63,26 +59,25 @@ class VisitorTally:
         self._faults = faults
         self._clock = clock
         self._lock = threading.Lock()
-        self._start_anew(None)
+        self._start(None)
 
-    def _start_anew(self, day: int | None) -> None:
+    def _start(self, day: int | None) -> None:
         self._day = day
         self._number = 0
-        self._token: str | None = None  # of the file that the number and the recent ids are of
+        self._token: str | None = None  # names the file that the number and recent ids are from
         self._recent: set[str] = set()
         self._pending: set[str] = set()
         self._retry_at = 0.0
-        self._memory: sqlite3.Connection | None = None
-        self._close_memory: Callable[[], object] | None = None
+        self._memory: SharedDatabase | None = None
 
     def add(self, moment_ids: Iterable[tuple[float, str]]) -> None:
-        """Add visitors, each of whom counts once; it never raises, and may wait a second.
+        """Add visitors, each of whom counts once; never raises, may block for a second.
 
         Args:
-            moment_ids: When, in seconds since the epoch, and who; of other days than today they
+            moment_ids: When, in seconds since the epoch, and who; those of other days than today
                 are ignored.
         """
-        with FORK_GATE.entered(), self._lock:
+        with self._lock:
             start = self._turn() * DAY_SECONDS
             end = start + DAY_SECONDS
             for moment, visitor in moment_ids:
@@ -90,44 +85,41 @@ class VisitorTally:
                     if len(self._pending) < _MAX_PENDING:
                         self._pending.add(visitor)
                     if len(self._pending) >= _BATCH:
-                        self._exchange()
+                        self._sync()
             if self._pending:
-                self._exchange()
+                self._sync()
 
     def today(self) -> int:
-        """Return how many visitors all processes saw today; it never raises.
+        """Return how many visitors all processes saw today; never raises.
 
         Returns:
             The last known number while the file cannot be read.
         """
-        with FORK_GATE.entered(), self._lock:
+        with self._lock:
             self._turn()
-            self._exchange()
+            self._sync()
             return self._number
 
     def reset_after_fork(self) -> None:
-        """Start anew: the parent process will add what it has yet to add."""
+        """Start anew: the parent process adds what it has pending."""
         self._lock = threading.Lock()
-        # Nothing is closed, another thread may have been at it (see _opened).
-        self._start_anew(None)
+        self._start(None)
 
     def close(self) -> None:
-        """Add what is left."""
-        with FORK_GATE.entered(), self._lock:
+        """Add what is pending."""
+        with self._lock:
             if self._pending:
                 self._retry_at = 0.0
-                self._exchange()
-            self._forget_memory()
-            self._start_anew(None)
+                self._sync()
+            self._start(None)
 
     # ------------------------------------------------------------------------ days and files
 
     def _turn(self) -> int:
-        """Return the day, since the epoch; a new one begins at zero, with a file of its own."""
+        """Return the day, since the epoch; a new one starts at zero, with a file of its own."""
         day = int(self._clock() // DAY_SECONDS)
         if day != self._day:
-            self._forget_memory()
-            self._start_anew(day)
+            self._start(day)
             for other, path in list(self._files.all()):
                 # Of days before, and of days that a wrong clock made up; keys have a grace.
                 if not day <= other <= day + 1 and path.suffix != ".key":
@@ -136,31 +128,27 @@ class VisitorTally:
         return day
 
     def _path(self) -> Path | None:
-        """Return the file of today, made for its owner only; None if nothing is to be in it.
+        """Return the file of today, made if need be; None if there is nothing to put into it.
 
         Raises:
-            OSError: It cannot be made.
-            StateUnavailable: There is no place that is ours alone.
+            OSError: It cannot be made, or something else is in its place.
+            StateUnavailable: There is no folder that only this user may write.
         """
         day = self._day or 0
         for path in self._files.tallies(day):
-            if _is_ours(path):
+            with suppress(OSError):
+                check_private_file(path)
                 return path
         if not (self._pending or self._recent or self._memory):
             return None
         path = self._files.new_tally(day)
-        # SQLite would make the file for everybody to read, and follow a link. Only a new one is
-        # opened here: to close it takes all locks away that this process has on it.
-        with suppress(FileExistsError):
-            os.close(open_private(path, exclusive=True))
-        if not _is_ours(path):
-            raise StateUnavailable("something that is no file of ours is in its place")
+        make_private_file(path)
         return path
 
-    # ------------------------------------------------------------------------ visits
+    # ------------------------------------------------------------------------ sharing
 
-    def _exchange(self) -> None:
-        """Add what is pending, and learn the number; try again later if that fails."""
+    def _sync(self) -> None:
+        """Add what is pending, and learn the number; if that fails, a later call tries again."""
         if time.monotonic() < self._retry_at:
             return
         path = None
@@ -170,65 +158,37 @@ class VisitorTally:
             except (OSError, StateUnavailable) as error:
                 if self._token is not None and self._memory is None:
                     raise  # there was a place: there are more visitors than are known here
-                self._visit_memory(error)
+                self._sync_memory(error)
             else:
                 if path is None:
                     self._number = 0
                 else:
-                    self._visit(path)
+                    self._sync_file(path)
         except (OSError, StateUnavailable, sqlite3.Error) as error:
             self._faults.report("visitors", error, "visitors are added later")
-            # Exactly that class: "file is not a database", "disk image is malformed".
-            if type(error) is sqlite3.DatabaseError and path is not None:
-                with suppress(OSError):
-                    path.unlink()
-                    return
-            self._retry_at = time.monotonic() + _PAUSE_SECONDS
+            # Not after a damaged file, which was deleted: the next sync makes a new one.
+            if path is None or lexists(path):
+                self._retry_at = time.monotonic() + _PAUSE_SECONDS
 
-    def _visit(self, path: Path) -> None:
-        connection, close = self._opened(f"{path.absolute().as_uri()}?mode=rw")
-        try:
-            # The number need not survive a crash of the machine.
-            connection.execute("PRAGMA synchronous=OFF")
-            self._merge(connection, self._memory)
-        finally:
-            close()
-        self._forget_memory()
-
-    def _visit_memory(self, error: Exception) -> None:
-        """Count in this process only, until there is a place."""
+    def _sync_memory(self, error: Exception) -> None:
         if self._memory is None:
             self._faults.report("visitors", error, "visitors are counted once for each process")
-            self._memory, self._close_memory = self._opened(":memory:")
-        self._merge(self._memory, None)
+            self._memory = SharedDatabase(None, _SCHEMA, stays_open=True)
+        self._merge_into(self._memory, None)
 
-    def _forget_memory(self) -> None:
-        if self._close_memory is not None:
-            self._close_memory()
-        self._memory = self._close_memory = None
+    def _sync_file(self, path: Path) -> None:
+        # Opened each time: forked children use the same file.
+        self._merge_into(SharedDatabase(path, _SCHEMA, stays_open=False), self._memory)
+        self._memory = None
 
-    def _opened(self, name: str) -> tuple[sqlite3.Connection, finalize[..., Any]]:
-        """Return a connection and what closes it.
-
-        Until then it is not collected, which would close it: in a forked child that must not be.
-        """
-        connection = sqlite3.connect(
-            name, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
-        )
-        close = finalize(self, connection.close)
-        close.atexit = False
-        return connection, close
-
-    def _merge(self, connection: sqlite3.Connection, memory: sqlite3.Connection | None) -> None:
-        """Make one transaction; nothing was added if it raises.
+    def _merge_into(self, database: SharedDatabase, memory: SharedDatabase | None) -> None:
+        """Add what is pending, and what is in memory, in one transaction.
 
         Raises:
-            sqlite3.Error: The file cannot be used now.
+            sqlite3.Error: The file cannot be used now; nothing was added.
         """
-        with connection:
-            connection.execute("BEGIN IMMEDIATE")
-            for statement in _SCHEMA:
-                connection.execute(statement)
+        insert = "INSERT OR IGNORE INTO seen VALUES (?)"
+        with database.transaction() as connection:
             connection.execute(
                 "INSERT INTO tally SELECT 0, ? WHERE NOT EXISTS (SELECT 1 FROM tally)",
                 (secrets.token_hex(8),),
@@ -237,10 +197,10 @@ class VisitorTally:
             # A new file, in place of one that vanished or was damaged, gets what is still known.
             new = self._pending if token == self._token else self._pending | self._recent
             before = connection.total_changes
-            insert = "INSERT OR IGNORE INTO seen VALUES (?)"
             connection.executemany(insert, ((_text(visitor),) for visitor in new))
             if memory is not None:
-                connection.executemany(insert, memory.execute("SELECT id FROM seen"))
+                with memory.transaction() as alone:
+                    connection.executemany(insert, alone.execute("SELECT id FROM seen"))
             if added := connection.total_changes - before:
                 connection.execute("UPDATE tally SET number = number + ?", (added,))
         self._number = number + added
@@ -254,11 +214,3 @@ class VisitorTally:
 def _text(visitor: str) -> str:
     # SQLite refuses lone surrogates.
     return visitor if visitor.isascii() else encodable(visitor)
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        found = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()

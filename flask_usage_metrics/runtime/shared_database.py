@@ -1,0 +1,179 @@
+"""A small SQLite file that several processes share: opened, locked, replaced when it is damaged."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+from flask_usage_metrics.runtime.fork_gate import FORK_GATE
+from flask_usage_metrics.runtime.private_files import make_private, make_private_file
+
+_BUSY_SECONDS = 1.0
+
+
+class SharedDatabase:
+    """A SQLite file that several processes write to, in short transactions.
+
+    - The file is made for this user only.
+    - A file that was deleted, replaced or emptied since the last transaction is made or opened
+      anew. A damaged one is deleted; the next transaction makes a new one.
+    - Forks wait until a transaction is over (see `ForkGate`).
+    - A forked child neither uses nor closes a connection that its parent has opened
+      (https://www.sqlite.org/howtocorrupt.html, 2.6); it opens one of its own.
+
+    Not thread-safe: whoever owns it has a lock.
+
+    Args:
+        path: The file; None: a database in memory, which no other process sees.
+        schema: Statements that make those tables that do not exist yet.
+        stays_open: Whether the connection stays open between transactions, with a write-ahead log,
+            or is closed after each, which costs 0.1 ms. A file that a process and its forked
+            children both use must not stay open: SQLite would take the parent's locks for the
+            child's, and what the child writes is lost when the parent closes its connection
+            (seen with SQLite 3.40).
+
+    Attributes:
+        openings: How often a connection was opened. If it is not what it was at the last
+            transaction, the file may be another one, and empty.
+    """
+
+    def __init__(self, path: Path | None, schema: Sequence[str], *, stays_open: bool) -> None:
+        self.openings = 0
+        self._path = path
+        self._schema = schema
+        self._stays_open = stays_open
+        self._connection: sqlite3.Connection | None = None
+        self._let_go: finalize[..., Any] | None = None
+        self._file: os.stat_result | None = None
+        self._process = 0
+        self._has_schema = False
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Begin a write transaction, committed in the end; what raises inside rolls it back.
+
+        Yields:
+            A connection to a database that has its tables.
+
+        Raises:
+            sqlite3.Error: The file cannot be used now, after waiting a second for locks.
+            OSError: It cannot be made, or something else is in its place.
+            StateUnavailable: Its folder may be written by others.
+        """
+        with FORK_GATE.entered():
+            try:
+                connection = self._opened()
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    if not self._has_schema:
+                        for statement in self._schema:
+                            connection.execute(statement)
+                    yield connection
+                    connection.execute("COMMIT")
+                except BaseException:
+                    with suppress(sqlite3.Error):
+                        connection.execute("ROLLBACK")
+                    raise
+                self._has_schema = True
+            except sqlite3.DatabaseError as error:
+                if self._path is not None:  # memory would be lost
+                    self._close()
+                # Exactly that class: "file is not a database", "disk image is malformed".
+                if type(error) is sqlite3.DatabaseError:
+                    self._delete()
+                raise
+            finally:
+                if not self._stays_open:
+                    self._close()
+
+    def close(self) -> None:
+        """Close the file; the next transaction opens it again."""
+        with FORK_GATE.entered():
+            self._close()
+
+    def _opened(self) -> sqlite3.Connection:
+        """Return the connection, a new one if there is none or it is of no use any more."""
+        if self._connection is not None and not self._is_current():
+            self._close()
+        if self._connection is None:
+            self._open()
+        assert self._connection is not None
+        return self._connection
+
+    def _is_current(self) -> bool:
+        """Tell whether the connection is this process's, and to the file that has the path now."""
+        if self._process != os.getpid():
+            return False
+        if self._path is None or self._file is None:
+            return True
+        try:
+            found = self._path.lstat()
+        except OSError:
+            return False
+        if not os.path.samestat(found, self._file):  # no inode is used again while it is open
+            return False
+        if not found.st_size:  # emptied: we could go on with its log, but nobody else could open it
+            self._delete()
+            return False
+        return True
+
+    def _open(self) -> None:
+        name = ":memory:"
+        if self._path is not None:
+            make_private(self._path.parent)  # again, if somebody removed it
+            self._file = make_private_file(self._path)
+            name = f"{self._path.absolute().as_uri()}?mode=rw"
+        connection = sqlite3.connect(
+            name, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+        )
+        self._process = os.getpid()
+        self._connection = connection
+        # Also for one that is never closed. Until then the connection is not collected.
+        self._let_go = finalize(self, _close_own, connection, self._process)
+        self._let_go.atexit = False
+        self._has_schema = False
+        self.openings += 1
+        if self._stays_open:
+            _retry_locked(connection, "PRAGMA journal_mode=WAL")
+        # The content need not survive a crash of the machine.
+        connection.execute("PRAGMA synchronous=OFF")
+
+    def _close(self) -> None:
+        if self._let_go is not None:
+            self._let_go()
+        self._connection = self._let_go = None
+
+    def _delete(self) -> None:
+        if self._path is not None:
+            with suppress(OSError):
+                self._path.unlink()
+
+
+_inherited: list[sqlite3.Connection] = []
+"""Connections of the parent process, which are kept lest the garbage collector close them."""
+
+
+def _close_own(connection: sqlite3.Connection, process: int) -> None:
+    if process == os.getpid():
+        connection.close()
+    else:
+        _inherited.append(connection)
+
+
+def _retry_locked(connection: sqlite3.Connection, statement: str) -> None:
+    # The switch to a write-ahead log does not wait for locks by itself.
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute(statement)
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
