@@ -1,1 +1,1 @@
-"""In the request's own thread: a request -> one Observation."""
+"""Sees each request in the thread that answers it: one request -> one Observation."""

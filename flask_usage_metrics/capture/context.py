@@ -1,4 +1,7 @@
-"""What only some apps have us find out of a request: its span, its user, its visitor."""
+"""Facts that need Flask's request context and that only some apps ask for.
+
+They are span, user, API client and visitor cookie.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ Result = TypeVar("Result")
 
 
 class ContextReader:
-    """Finds out of one app's requests what it asks for; never raises.
+    """The sources of these facts, of one app; for any thread.
 
     Args:
-        users: Who knows who makes a request.
-        cookie: What tells visitors apart; None: nothing does.
-        tracing: Who makes spans of requests; None: nobody does.
-        faults: Where failures of our own are reported.
+        users: Names users and API clients.
+        cookie: Tells visitors apart; None: not asked for.
+        tracing: Makes or joins the spans of requests; None: not asked for.
+        faults: Takes failures of our own.
     """
 
     def __init__(
@@ -43,12 +46,12 @@ class ContextReader:
         self.faults = faults
 
     def is_needed(self) -> bool:
-        """Tell whether the app asks for anything."""
+        """Tell whether the app asks for any of them; ask again if the app gets Flask-Login."""
         return self.cookie is not None or self.tracing is not None or self.users.are_known
 
 
 class RequestContext:
-    """What was found out of one request.
+    """These facts of one request, found as its context comes and goes; never raises its own errors.
 
     Args:
         context_reader: Of the app.
@@ -56,42 +59,53 @@ class RequestContext:
         started_ns: When the request started, in nanoseconds since the epoch.
 
     Attributes:
-        username: Who makes the request, as the app knows it.
-        consumer: Name of the API client.
-        visitor: Identifier in the visitor's cookie, brought or given.
+        username: The user's name, by the app or Flask-Login; None: not known.
+        consumer: Name of the API client; None: not known.
+        visitor: Identifier in the visitor's cookie, brought or given: 32 hexadecimal digits; None
+            if there is none.
     """
 
-    __slots__ = ("_given", "_has_asked", "_reader", "_trace", "consumer", "username", "visitor")
+    __slots__ = ("_asked_users", "_given", "_reader", "_trace", "consumer", "username", "visitor")
 
     def __init__(
         self, context_reader: ContextReader, environ: WSGIEnvironment, started_ns: int
     ) -> None:
         self._reader = context_reader
         self._trace: RequestTrace | None = None
-        self._has_asked = False
+        self._asked_users = False
         self._given: str | None = None
         self.username: str | None = None
         self.consumer: str | None = None
         self.visitor: str | None = None
         if context_reader.tracing is not None:
-            self._trace = context_reader.tracing.begin(environ, started_ns)
+            self._trace = context_reader.tracing.start(environ, started_ns)
 
     def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Call a function of the app within the request's span."""
+        """Call a function of the app with the request's span current; return its result."""
         return work(*arguments) if self._trace is None else self._trace.run(work, *arguments)
 
     def learn(self, learned: Request, environ: WSGIEnvironment) -> None:
-        """Take what can be known only while the context of a tracked request lives."""
+        """Find user and API client, once, and a span that was started meanwhile.
+
+        Args:
+            learned: The routed request, whose context is alive; tracked.
+            environ: Of the request.
+        """
         users = self._reader.users
-        if not self._has_asked and users.are_known:
-            self._has_asked = True
+        if not self._asked_users and users.are_known:
+            self._asked_users = True
             self.username, self.consumer = users.ask()
         if self._trace is not None:
             rule = learned.url_rule
             self._trace.learn(environ, None if rule is None else rule.endpoint)
 
     def greet(self, environ: WSGIEnvironment, headers: Headers) -> None:
-        """Recognise the visitor by the cookie, or choose one to be given with these headers."""
+        """Recognise the visitor by the cookie; choose an identifier for one who has none.
+
+        Args:
+            environ: Of the request.
+            headers: Of the response, which tell whether it may be kept by shared caches.
+        """
         cookie = self._reader.cookie
         if cookie is None or self.visitor is not None:
             return
@@ -103,11 +117,11 @@ class RequestContext:
             self._reader.faults.report("cookie", error, "a visitor is not recognised")
 
     def headers(self, headers: Headers, environ: WSGIEnvironment) -> Headers:
-        """Return the headers of the response, with the cookie if one is to be given."""
+        """Return the headers of the response, plus the cookie if `greet` chose an identifier."""
         if self._given is None:
             return headers
         return [*headers, VisitorCookie.header(self._given, environ)]
 
     def end_trace(self) -> Trace | None:
-        """Return what an observation has of the trace, when the request is over."""
+        """Return the request's place in its trace, when it is over; None if not traced."""
         return None if self._trace is None else self._trace.end()

@@ -1,4 +1,4 @@
-"""Which requests are tracked: by view, endpoint, glob, path or blueprint."""
+"""Decides which requests are tracked: by view, endpoint, glob, path or blueprint."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
 
 class Marks:
-    """What was marked by `TrackUsage.include` or by `TrackUsage.exclude`.
+    """Views, endpoints, paths and blueprints that were included, or that were excluded.
+
+    One `TrackUsage` has two of them, for all its apps; marks are added at any time.
+
+    Args:
+        patterns: Endpoints or paths, or globs of these, that are marked from the start.
 
     Attributes:
-        scopes: Who must decide again when there is a new mark.
+        scopes: Told of each new mark, so that they decide again.
     """
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
@@ -39,7 +44,7 @@ class Marks:
         None marks the requests that no route matched.
 
         Raises:
-            ConfigError: The target is none of these.
+            ConfigError: The target is of another type.
         """
         if target is None:
             self._unmatched = True
@@ -55,10 +60,10 @@ class Marks:
             scope.forget()
 
     def add_blueprint(self, blueprint: object) -> None:
-        """Mark a blueprint, given itself or by its full name, and all that is nested in it.
+        """Mark a blueprint, given itself or by its full name, and all blueprints nested in it.
 
         Raises:
-            ConfigError: It is neither.
+            ConfigError: It is neither a blueprint nor a name.
         """
         if not isinstance(blueprint, str | Blueprint):
             raise ConfigError(f"expected a blueprint or its name, not {type(blueprint).__name__}")
@@ -76,7 +81,7 @@ class Marks:
         return any(fnmatchcase(path, pattern) for pattern in self._paths)
 
     def match_endpoint(self, app: Flask, endpoint: str | None) -> bool:
-        """Tell whether an endpoint is marked, by itself, its view or its blueprint."""
+        """Tell whether an endpoint is marked: itself, its view or a blueprint around it."""
         if endpoint is None:
             return self._unmatched
         if any(fnmatchcase(endpoint, pattern) for pattern in self._endpoints):
@@ -99,15 +104,15 @@ class Scope:
 
     Args:
         app: The app the endpoints belong to.
-        include_only: Track only what is included; otherwise all but what is excluded.
-        included: What was included.
-        excluded: What was excluded; wins over `included`.
+        include_only: Track only included requests; otherwise all but excluded ones.
+        included: Marks of included requests.
+        excluded: Marks of excluded requests; they win over `included`.
         never: Patterns that are excluded by configuration; they win over `included` too.
         own: Endpoints of this package, never tracked.
 
     Attributes:
-        tracked: Endpoints that `tracks` is known to say yes to, whatever the path; None among
-            them if to requests that no route matched.
+        tracked: Endpoints decided to be tracked whatever the path, so that a caller may skip
+            `tracks`; None among them stands for requests that no route matched.
     """
 
     def __init__(
@@ -132,11 +137,11 @@ class Scope:
             marks.scopes.add(self)
 
     def tracks(self, endpoint: str | None, environ: WSGIEnvironment) -> bool:
-        """Tell whether a request is tracked.
+        """Tell whether a request is tracked; for any thread.
 
         Args:
             endpoint: Flask's endpoint; None when no route matched.
-            environ: Of the request, for its path below the app's root.
+            environ: Of the request; its path below the app's root is compared with marked paths.
         """
         tracked = self._decided.get(endpoint)
         if tracked is None:
@@ -148,7 +153,7 @@ class Scope:
         return tracked
 
     def forget(self) -> None:
-        """Decide again: a mark was added."""
+        """Forget all decisions, as a mark was added."""
         self._decided = {}
         self.tracked = set()
 
@@ -166,7 +171,7 @@ class Scope:
 
 
 def _layers(view: Callable[..., Any] | None) -> list[object]:
-    """Return the view, the functions it wraps, and the classes it was made from."""
+    """Return the view, the functions it wraps, and the classes of class-based views among them."""
     layers: list[object] = []
     while view is not None and not any(view is layer for layer in layers):
         layers.append(view)

@@ -7,21 +7,24 @@ from typing import Any
 from flask import Flask, has_request_context, request
 
 TRACK_VAR = "flask_usage_metrics.capture.track_var"
-"""Where the dict is found in the WSGI environ of its request."""
+"""Key of the dict in the WSGI environ of its request."""
 
 
 def install(app: Flask) -> None:
     """Give the app's ``g`` the attribute ``track_var``.
 
-    A hook would not do: one that runs earlier could answer the request or already want the dict,
-    and up to Flask 3.1 a nested request shares the ``g`` of the outer one.
+    Not by a hook: an earlier hook may answer the request or already read the dict, and up to
+    Flask 3.1 a nested request shares the ``g`` of the outer one.
+
+    Args:
+        app: Its class of ``g`` is replaced by a subclass.
     """
     globals_class: Any = type("Globals", (_TrackVar, app.app_ctx_globals_class), {})
     app.app_ctx_globals_class = globals_class
 
 
 class _TrackVar:
-    """Part of the class of ``g``; outside a request the dict belongs to the app context."""
+    """Base class of ``g`` with the attribute; outside a request the app context holds the dict."""
 
     def _home(self) -> dict[str, Any]:
         return request.environ if has_request_context() else self.__dict__

@@ -1,4 +1,4 @@
-"""Who makes a request: the user and the API client, as the app knows them in its context."""
+"""Names the user and the API client of a request, as the app knows them in its context."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ MAX_NAME = 256
 Ask = Callable[[], object]
 
 _LOGIN_USER = "_login_user"
-"""Where Flask-Login (0.6 and later) keeps the user it has loaded, on ``g``."""
+"""Attribute of ``g`` in which Flask-Login (0.6 and later) keeps the user it has loaded."""
 
 
 class Users:
-    """Learns names of one app's requests; never raises.
+    """Asks the app for the names behind its requests; never raises an `Exception`.
 
     Args:
         app: The app.
-        username: Called without arguments in the request's context; what it returns, if not None,
-            is the user's name.
-        consumer: Called likewise; names the API client: the owner of a key, a tenant.
-        faults: Where it is reported that one of them raised.
+        username: Called without arguments in the request's context; returns the user's name, or
+            None if not known. None: Flask-Login is asked, if the app has it.
+        consumer: Called likewise; returns the name of the API client, such as the owner of a key
+            or a tenant. None: not asked for.
+        faults: Told when one of them raises.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Users:
 
     @property
     def are_known(self) -> bool:
-        """Whether there is anything to ask; the app may have been given Flask-Login lately."""
+        """Whether there is anybody to ask; changes when the app is given Flask-Login."""
         return (
             self._username is not None
             or self._consumer is not None
@@ -49,41 +50,48 @@ class Users:
         )
 
     def ask(self) -> tuple[str | None, str | None]:
-        """Return user name and consumer, in the request's context."""
+        """Return user name and API client, each at most 256 characters or None.
+
+        Call it in the request's context.
+        """
         username = self._ask("username", self._username)
         if username is None and "login_manager" in self._app.__dict__:
             username = self._ask("username", _logged_in)
         return username, self._ask("consumer", self._consumer)
 
     def authorized(self, learned: Request) -> tuple[bool, str | None]:
-        """Return whether a client authorised itself, and the name it gave in Basic authentication.
+        """Return whether a client authorised itself, and its name in Basic authentication or None.
 
-        A name that looks like a token is one: some services take the API key for a user name.
+        A name that looks like a token is replaced by `REDACTED`: some services take the API key as
+        the user name.
+
+        Args:
+            learned: The request, of which the Authorization header is parsed.
         """
         try:
             parsed = learned.authorization
-        except ValueError:  # Werkzeug 3.1 lets one that is not ASCII pass
+        except ValueError:  # Werkzeug 3.1 raises it for a name that is not ASCII
             return False, None
         if parsed is None or parsed.type != "basic" or not parsed.username:
             return parsed is not None, None
         name = parsed.username[:MAX_NAME]
         return True, REDACTED if self._redactor.is_secret_text(name) else name
 
-    def _ask(self, what: str, ask: Ask | None) -> str | None:
+    def _ask(self, name_of: str, ask: Ask | None) -> str | None:
         if ask is None:
             return None
         try:
             name = ask()
             return None if name is None else str(name)[:MAX_NAME]
-        except Exception as error:  # noqa: BLE001 - it is the app's, and must not end a request
-            self._faults.report(what, error, f"a request's {what} is not known")
+        except Exception as error:  # noqa: BLE001 - code of the app, which must not end a request
+            self._faults.report(name_of, error, f"a request's {name_of} is not known")
             return None
 
 
 def _logged_in() -> Any:
-    """Return the id of the user Flask-Login has loaded; it is never made to load one.
+    """Return the id of the user that Flask-Login has loaded; None if it has loaded none.
 
-    The id, because the text of a user object is whatever its class makes of it.
+    Never makes it load one. Not the user's text, which is whatever its class makes of it.
     """
     user = g.get(_LOGIN_USER)
     return user.get_id() if user is not None and user.is_authenticated else None

@@ -1,4 +1,4 @@
-"""The cookie that tells a visitor from others, for who asks for one: TRACK_USAGE_COOKIE."""
+"""The cookie by which a visitor is recognised, where TRACK_USAGE_COOKIE asks for one."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Headers = list[tuple[str, str]]
 
 
 class VisitorCookie:
-    """Recognises visitors by a random number, and gives one to those who have none.
+    """Recognises visitors by a random number, and chooses one for those who have none.
 
     Args:
-        refused_by: WSGI names of headers by which a visitor refuses, being ``"1"``.
+        refused_by: WSGI names of headers whose value ``"1"`` refuses the cookie.
     """
 
     def __init__(self, refused_by: Sequence[str] = ()) -> None:
         self._refused_by = tuple(refused_by)
 
     def read(self, environ: WSGIEnvironment) -> str | None:
-        """Return what the visitor brought: 32 hexadecimal digits; None if nothing of ours."""
+        """Return the number in the cookie, 32 hexadecimal digits; None: none, or refused."""
         if self._is_refused(environ):
             return None
         text = environ.get("HTTP_COOKIE", "")
@@ -39,11 +39,14 @@ class VisitorCookie:
         return None if brought is None else brought[1]
 
     def choose(self, environ: WSGIEnvironment, headers: Headers) -> str | None:
-        """Return 128 random bits for a visitor without a cookie; None for who shall have none.
+        """Return 128 random bits for a visitor without a cookie, or None: give no cookie.
 
-        Programs would not bring it back, and so be a new visitor each time. With what shared
-        caches keep, they would hand the same cookie to everybody, or, as Varnish does, cease to
-        keep it.
+        None for programs, which would not bring it back and be a new visitor each time; and with
+        responses that shared caches keep: a cache would hand the same cookie to everybody or, as
+        Varnish does, cease to keep the response.
+
+        Returns:
+            32 hexadecimal digits, or None.
         """
         agent = environ.get("HTTP_USER_AGENT", "")
         if self._is_refused(environ) or clients.kind(agent) != "human" or _is_shared(headers):
@@ -52,7 +55,7 @@ class VisitorCookie:
 
     @staticmethod
     def header(visitor: str, environ: WSGIEnvironment) -> tuple[str, str]:
-        """Return the header that gives the cookie to a visitor, for a year."""
+        """Return name and value of the header that sets the cookie, for a year."""
         secure = "; Secure" if environ.get("wsgi.url_scheme") == "https" else ""
         attributes = f"Max-Age={_YEAR_SECONDS}; Path=/; HttpOnly; SameSite=Lax{secure}"
         return "Set-Cookie", f"{NAME}={visitor}; {attributes}"
@@ -62,7 +65,7 @@ class VisitorCookie:
 
 
 def _is_shared(headers: Headers) -> bool:
-    """Tell whether a response may be kept by shared caches (RFC 9111, 5.2.2)."""
+    """Tell whether a response invites shared caches to keep it (RFC 9111, 5.2.2)."""
     return any(
         "public" in value.lower() or "s-maxage" in value.lower()
         for name, value in headers

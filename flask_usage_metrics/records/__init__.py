@@ -1,1 +1,1 @@
-"""The values that travel: an observation, the record made of it, what is read of records."""
+"""The values that travel between rooms: observations, records, and the read API's values."""

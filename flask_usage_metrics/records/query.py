@@ -1,4 +1,4 @@
-"""The values of the read API: filters, times, summaries, quantiles."""
+"""Filters and summaries of the read API, and how records are added up where SQL cannot."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ EQUALITY_FILTERS = (
     "language",
     "app",
 )
-"""What of the record a filter of the same name compares for equality: its fields, and `url`."""
+"""Filters that compare for equality: fields of the record by these names, and `url`."""
 
 GROUP_FIELDS = (*EQUALITY_FILTERS, "browser", "platform", "exception", "rule")
-"""What of the record `summarize` can group by."""
+"""Fields of the record that `summarize` can group by, and `url`."""
 
 
 class Filter(msgspec.Struct, frozen=True):
-    """Which records are meant; all given conditions hold.
+    """The records that a read call selects: those for which all conditions hold.
 
     Attributes:
         since: Aware UTC; included. None: from the first.
@@ -68,7 +68,7 @@ class Filter(msgspec.Struct, frozen=True):
         Args:
             since: Start of the range, included; naive means UTC.
             until: End of the range, not included; naive means UTC.
-            conditions: Filter name to a value, or to a list of which any may hold.
+            conditions: By name of the filter a value, or a list of values any of which may hold.
 
         Raises:
             TypeError: A filter of that name is not known.
@@ -91,7 +91,7 @@ class Filter(msgspec.Struct, frozen=True):
         return cls(as_utc(since), as_utc(until), any_of, status_classes, path_prefixes)
 
     def matches(self, record: UsageRecord) -> bool:
-        """Tell whether a record is meant."""
+        """Tell whether a record is selected."""
         if self.since is not None and record.started_at < self.since:
             return False
         if self.until is not None and record.started_at >= self.until:
@@ -110,7 +110,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         group: The value of each field grouped by.
         start: Start of the hour, day or month (aware UTC); None when not asked for.
         requests: Number of records.
-        errors: Of these, answered with a 5xx status.
+        errors: Number of these with a 5xx status (`UsageRecord.is_server_error`).
         bytes_sent: Bytes of the responses' bodies.
         duration_seconds_sum: Seconds the requests took, added up.
         p50: Median of the duration in seconds, estimated inside its bucket as Prometheus does.
@@ -135,7 +135,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def as_tuple(given: Any) -> tuple[Any, ...]:
-    """Return the values a filter was given: those of a list, or the one."""
+    """Return the values given to a filter: those of a list, tuple or set, else the one value."""
     if isinstance(given, list | tuple | set | frozenset):
         return tuple(given)
     return (given,)
@@ -160,11 +160,14 @@ def truncate(moment: datetime, every: Every) -> datetime:
 
 
 def next_start(start: datetime, every: Every) -> datetime | None:
-    """Return the start of the next hour, day or month; None after the last there is.
+    """Return the start of the next hour, day or month.
 
     Args:
         start: As `truncate` returns it.
         every: ``"hour"``, ``"day"`` or ``"month"``.
+
+    Returns:
+        Aware UTC, as `start` is; None if it would be after the year 9999.
     """
     length = {"hour": timedelta(hours=1), "day": timedelta(days=1), "month": timedelta(days=31)}
     try:
@@ -217,7 +220,7 @@ def quantile(q: float, counts: Sequence[int], bounds: Sequence[float]) -> float:
 
 
 def summary_order(summary: Summary) -> tuple[Any, ...]:
-    """Sort key of summaries: by start, then the busiest first, then by the group's values."""
+    """Return a sort key of summaries: by start, the busiest group first, then by its values."""
     names = tuple((value is not None, str(value)) for value in summary.group.values())
     start = summary.start.timestamp() if summary.start else 0.0
     return (start, -summary.requests, names)

@@ -1,4 +1,4 @@
-"""The record of one request: the one value every output is made from."""
+"""UsageRecord: one request, as every storage, metric and span has it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 
-# Not followed by the garbage collector, which thousands of them keep busy: it holds no cycle.
+# gc=False: it holds no cycle, and thousands of them would keep the garbage collector busy.
 class UsageRecord(msgspec.Struct, frozen=True, gc=False):
-    """What is known of one request.
+    """One request: cleaned, enriched, and after privacy.
 
     Every text is clean: valid Unicode without NUL, cut to a bound. An unknown value is ``None``.
 
@@ -31,13 +31,13 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
         blueprint: Name of the blueprint, dotted when nested.
         view_args: Arguments of the view, as JSON values; None when no route matched.
         status: HTTP status code that was sent; 0 when it is not a number.
-        exception: Class name of the exception nobody handled.
+        exception: Class name of the exception that no error handler answered.
         bytes_sent: Bytes of the response's body handed to the server.
         bytes_received: Content-Length of the request; None when not given.
         remote_addr: Normalised address of the client.
         forwarded_for: The X-Forwarded-For header as it came.
         country: ISO 3166-1 alpha-2 code, upper case.
-        ip_info: What the HTTP country service answered, as JSON values.
+        ip_info: Answer of the HTTP country service, as JSON values.
         user_agent: The User-Agent header, at most 512 characters.
         browser: Such as ``"Chrome"``.
         browser_version: Major version, such as ``"126"``.
@@ -47,9 +47,9 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
             feed, monitor, script or other-bot.
         referrer: The Referer header.
         authorization: Whether an Authorization header came that can be parsed.
-        username: Who made the request.
+        username: User's name, as the app, Flask-Login or Basic authentication has it.
         visitor: Identifier of the visitor.
-        track_var: What the view put into ``g.track_var``, as JSON values.
+        track_var: Contents of ``g.track_var``, as JSON values; empty if none.
         trace_id: Trace the request belongs to, 32 hexadecimal digits.
         span_id: Span of the request, 16 hexadecimal digits.
         queue_seconds: Seconds the request waited in front of the app, by the proxy's

@@ -1,1 +1,1 @@
-"""OpenTelemetry spans of requests: live, from records, and again long after."""
+"""OpenTelemetry spans of requests: started live, ended from records, replayed from storages."""

@@ -1,7 +1,7 @@
-"""A record -> its span: name, attributes and status, as OpenTelemetry names them for HTTP servers.
+"""Name, attributes and status of a record's span, by OpenTelemetry's conventions for HTTP servers.
 
-Semantic conventions 1.44, docs/http/http-spans.md and the attribute registry; as literals, because
-the package of constants is pinned to one version by every other package of OpenTelemetry.
+Semantic conventions 1.44, docs/http/http-spans.md and the attribute registry. The names are
+literals, as every other package of OpenTelemetry pins the package of constants to one version.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ _PEOPLE = ("human",)
 
 
 def name_of(record: UsageRecord) -> str:
-    """Return method and route; the method alone if no route matched, for paths are without end."""
+    """Return the span's name: method and route, or the method alone if no route matched.
+
+    Never a path, of which there is no end. Other methods than those of HTTP are ``HTTP``.
+    """
     method = record.method if record.method in METHODS else "HTTP"
     return method if record.rule is None else f"{method} {route_of(record)}"
 
 
 def route_of(record: UsageRecord) -> str:
-    """Return the rule with the prefix the app is mounted under."""
+    """Return the rule of a record that has one, after the prefix the app is mounted under."""
     return f"{record.root_path}{record.rule}" if record.root_path else record.rule or ""
 
 
 def is_error(record: UsageRecord) -> bool:
-    """Tell whether the server failed: what a client did wrong is no error of its span."""
+    """Tell whether the server failed: with a 5xx or an exception. A 4xx is no error of the span."""
     return record.exception is not None or record.is_server_error
 
 
@@ -39,8 +42,8 @@ def attributes_of(record: UsageRecord, *, user: bool) -> Attributes:
     """Return the attributes of a request's span.
 
     Args:
-        record: After privacy: what it does not hold, a span does not say.
-        user: Whether the user is named.
+        record: After privacy, so that the span holds no more than the row.
+        user: Whether to name the user (``enduser.id``).
     """
     method = record.method
     found: Attributes = {
@@ -85,7 +88,14 @@ def attributes_of(record: UsageRecord, *, user: bool) -> Attributes:
 def hints_of(
     endpoint: str | None, blueprint: str | None, client: str, country: str | None
 ) -> Attributes:
-    """Return what somebody else's span of a request does not say by itself."""
+    """Return the attributes that we add to a span of another instrumentation.
+
+    Args:
+        endpoint: Flask's endpoint; None when no route matched.
+        blueprint: Its name; None: none.
+        client: Kind of client.
+        country: ISO 3166-1 alpha-2 code; None: not known.
+    """
     found: Attributes = {"flask_usage.client": client}
     if endpoint is not None:
         found["flask.endpoint"] = endpoint
@@ -100,7 +110,7 @@ def hints_of(
 
 @lru_cache(1024)
 def _split(host: str) -> tuple[str, int | None]:
-    """Return name and port of a Host header, which may be anything."""
+    """Split a Host header into name and port; the port is None if it has none or is no number."""
     name, colon, port = host.rpartition(":")
     if colon and port.isdecimal() and port.isascii() and len(port) <= 5 and "]" not in port:
         return name, int(port)

@@ -1,4 +1,4 @@
-"""Where spans go: to the provider the app has, or over OTLP/HTTP to a collector."""
+"""Exports spans: through the app's tracer provider, or by one of ours over OTLP/HTTP."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter
 
-_REST_SECONDS = 1.0
+_FLUSH_SECONDS = 1.0
+"""Seconds that a flush waits at most for the SDK to export other libraries' spans."""
 
 
 class TraceExport:
-    """The provider of our spans, resolved when the first is started.
+    """The provider of our spans, resolved when the first span is started; for any thread.
 
-    That is the given one; else the global one, if the app has configured it by then; else one of
-    ours, made global so that spans of other libraries nest and go the same way.
+    It is the given one; else the global one, if the app has configured it by then; else one of
+    ours, made global so that spans of other libraries nest and are exported by it, too.
 
     Args:
         provider: Given by the app, or None.
-        exporter: Given by the app for a provider of ours, or None: as OTEL_TRACES_EXPORTER says.
-        service: Value of ``service.name`` unless OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES
-            have one.
+        exporter: Given by the app for a provider of ours; None: the one that
+            OTEL_TRACES_EXPORTER names.
+        service: Value of ``service.name`` of a provider of ours, unless OTEL_SERVICE_NAME or
+            OTEL_RESOURCE_ATTRIBUTES have one.
 
     Raises:
-        ConfigError: There is neither, and what ours is made of is not installed.
+        ConfigError: It has to be one of ours, and the exporter it needs is not installed, or
+            OpenTelemetry's variables name one that we do not have.
     """
 
     def __init__(
@@ -54,16 +57,18 @@ class TraceExport:
             _exporter_class()
 
     def provider(self) -> trace.TracerProvider:
-        """Return the provider, of which there is one a process."""
+        """Return the provider, the same one for the life of the process."""
         with self._lock:
             if self._provider is None:
                 self._provider = self._resolve()
             return self._provider
 
     def collecting(self) -> AbstractContextManager[list[ReadableSpan]]:
-        """Return what yields a list of our spans that end meanwhile in this thread.
+        """Collect our spans that end in this thread inside the returned context manager.
 
-        It stays empty if the provider is not ours: its own processors have them.
+        Returns:
+            A context manager that yields the list they are appended to. It stays empty if the
+            provider is not ours: its own processors export them.
         """
         if self._provider is None:
             self.provider()
@@ -73,21 +78,26 @@ class TraceExport:
         return collecting
 
     def export(self, spans: Sequence[ReadableSpan]) -> None:
-        """Send spans to the collector; blocks as long as the exporter does.
+        """Send collected spans to the collector; blocks as long as the exporter does.
+
+        Does nothing if the provider is not ours.
 
         Raises:
-            StorageUnavailable: It did not take them.
+            StorageUnavailable: The exporter failed or raised.
         """
         if spans and self._own is not None:
             self._own.export(spans)
 
     def flush(self) -> None:
-        """Send what other libraries have left; waits a second at most, where there are threads."""
+        """Export other libraries' spans that still wait in a provider of ours.
+
+        Blocks for a second at most, while the export goes on in a thread of its own.
+        """
         if self._own is not None:
             self._own.flush()
 
     def reset_after_fork(self) -> None:
-        """Leave the parent's connections to the parent; an SDK restarts its threads by itself."""
+        """Leave the parent's connections to the parent; the SDK restarts its threads by itself."""
         self._lock = threading.Lock()
         if self._own is not None:
             self._own.reset_after_fork()
@@ -108,10 +118,11 @@ class TraceExport:
 
 
 class _OwnProvider:
-    """A provider of the SDK whose spans of requests are exported by us, all others by its batches.
+    """A provider of the SDK: we export spans of requests, its batch processor all others.
 
     Args:
-        make_exporter: Called in each process, when there is something to export.
+        make_exporter: Makes the exporter of a process; called when there is something to export.
+            It may return None: export nothing.
         service: See `TraceExport`.
     """
 
@@ -122,7 +133,7 @@ class _OwnProvider:
         resource = Resource.create()
         if str(resource.attributes["service.name"]).startswith("unknown_service"):
             resource = resource.merge(Resource({"service.name": service}))
-        # Not shut down by the SDK's own exit handler, which would come before ours.
+        # No exit handler of the SDK: it would shut down before ours has sent the last spans.
         self.provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self.processor = _make_processor(self._send, self._shut_down)
         self.provider.add_span_processor(self.processor)
@@ -131,7 +142,7 @@ class _OwnProvider:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        # No exporter is called by two threads at once (OpenTelemetry's specification of them).
+        # An exporter must not be called by two threads at once (OpenTelemetry's specification).
         self._exporting = threading.Lock()
         self._exporter: SpanExporter | None = None
         self._flushing: threading.Thread | None = None
@@ -140,7 +151,7 @@ class _OwnProvider:
         token = otel_context.attach(otel_context.set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))
         try:
             self._is_up = self._send(spans)
-        except Exception as error:  # noqa: BLE001 - it may be anybody's
+        except Exception as error:  # noqa: BLE001 - exporters of the app raise anything
             self._is_up = False
             raise StorageUnavailable(f"traces: {type(error).__name__}") from None
         finally:
@@ -154,7 +165,7 @@ class _OwnProvider:
         with self._exporting:
             if self._exporter is None:
                 self._exporter = self._make_exporter()
-            # Without one they are to go nowhere.
+            # No exporter: OTEL_TRACES_EXPORTER is none.
             return self._exporter is None or (
                 self._exporter.export(spans) is SpanExportResult.SUCCESS
             )
@@ -172,9 +183,9 @@ class _OwnProvider:
                 self._flushing.start()
             except RuntimeError:  # since Python 3.12 none can be started at exit
                 self._flushing = None
-                self.processor.force_flush(int(_REST_SECONDS * 1000))
+                self.processor.force_flush(int(_FLUSH_SECONDS * 1000))
                 return
-        self._flushing.join(_REST_SECONDS)
+        self._flushing.join(_FLUSH_SECONDS)
 
     def reset_after_fork(self) -> None:
         self._start_anew()
@@ -191,7 +202,7 @@ def _make_processor(
     )
 
     class Shared(SpanExporter):
-        """The exporter of this process, which sends spans of ours as well."""
+        """Hands the batches of other spans to the one exporter of this process."""
 
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
             return SpanExportResult.SUCCESS if send(spans) else SpanExportResult.FAILURE
@@ -200,33 +211,33 @@ def _make_processor(
             shut_down()
 
     class Processor(BatchSpanProcessor):
-        """Lays our spans aside for the thread that ends them, and batches all others."""
+        """Gives our spans to the thread that collects them, and batches all others."""
 
         def __init__(self) -> None:
             super().__init__(Shared())
             self.reset_after_fork()
 
         def reset_after_fork(self) -> None:
-            self._aside = threading.local()
+            self._collecting = threading.local()
             self._others = False
 
         @contextmanager
         def collecting(self) -> Iterator[list[ReadableSpan]]:
             spans: list[ReadableSpan] = []
-            self._aside.spans = spans
+            self._collecting.spans = spans
             try:
                 yield spans
             finally:
-                self._aside.spans = None
+                self._collecting.spans = None
 
         def has_others(self) -> bool:
             return self._others
 
         def on_end(self, span: ReadableSpan) -> None:
-            aside = getattr(self._aside, "spans", None)
+            collecting = getattr(self._collecting, "spans", None)
             scope = span.instrumentation_scope
-            if aside is not None and scope is not None and scope.name == SCOPE:
-                aside.append(span)
+            if collecting is not None and scope is not None and scope.name == SCOPE:
+                collecting.append(span)
             else:
                 self._others = True
                 super().on_end(span)
@@ -235,17 +246,17 @@ def _make_processor(
 
 
 def _is_configured() -> bool:
-    """Tell whether somebody has set the global provider."""
+    """Tell whether the app or another library has set the global provider."""
     return not isinstance(
         trace.get_tracer_provider(), trace.ProxyTracerProvider | trace.NoOpTracerProvider
     )
 
 
 def _exporter_class() -> Callable[[], SpanExporter | None]:
-    """Return what makes the exporter that OTEL_TRACES_EXPORTER names.
+    """Return a function that makes the exporter that OTEL_TRACES_EXPORTER names.
 
     Raises:
-        ConfigError: It is not installed, or not one of these.
+        ConfigError: It is not installed, or is none of otlp, console and none.
     """
     wanted = _environment("OTEL_TRACES_EXPORTER") or "otlp"
     if wanted == "none":

@@ -1,4 +1,4 @@
-"""The OpenTelemetry span of a request, while it lives: joined, or started before all else."""
+"""The span of a request while the request runs: joined if one is current, else started first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flask import Flask
 from opentelemetry import context as otel_context
 from opentelemetry import propagate, trace
 from opentelemetry.propagators.textmap import Getter
@@ -17,6 +16,7 @@ from flask_usage_metrics.traces.conventions import SCHEMA_URL, Attributes
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+    from flask import Flask
 
 SCOPE = "flask_usage_metrics"
 """Name of the instrumentation scope of our spans."""
@@ -25,10 +25,11 @@ Result = TypeVar("Result")
 
 
 class LiveSpans:
-    """Spans of requests that are over, until the worker knows what to say of them.
+    """Sampled spans of requests that are over, kept until the worker ends them; for any thread.
 
     Args:
-        capacity: At most so many; then the oldest is forgotten, and made again of its record.
+        capacity: Spans that are kept at most. Beyond, the oldest is dropped, and its span is made
+            again from the record.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -40,11 +41,11 @@ class LiveSpans:
         spans = self._spans
         spans[span_id] = span
         if len(spans) > self._capacity:
-            with suppress(KeyError, RuntimeError, StopIteration):  # another thread was at it
+            with suppress(KeyError, RuntimeError, StopIteration):  # another thread took it
                 del spans[next(iter(spans))]
 
     def take(self, span_id: str | None) -> trace.Span | None:
-        """Return a span and forget it; None if it is not known."""
+        """Remove and return the span of an id; None if there is none."""
         return None if span_id is None else self._spans.pop(span_id, None)
 
     def reset_after_fork(self) -> None:
@@ -53,18 +54,18 @@ class LiveSpans:
 
 
 class Tracing:
-    """Joins the span that is there, or starts one; for any thread.
+    """Gives each request of one app its place in a trace; for any thread.
 
     Args:
-        app: Whose requests are traced.
-        provider: Returns where tracers come from; asked at the first request of a process, when
-            the app has configured what it wants to.
-        live: Where spans of ours wait for the worker.
-        hints: Returns what somebody else's span is told of a request: of the environ, the endpoint
-            and the blueprint.
+        app: The app whose requests are traced.
+        provider: Returns the tracer provider; called at the first request of a process, when the
+            app has configured OpenTelemetry if it wants to.
+        live: Keeps spans of ours until the worker ends them.
+        hints: Takes the environ and the endpoint (None when no route matched); returns the
+            attributes to add to a span of another instrumentation.
         skip: Path of the app that is never traced; None: none.
-        version: Version of the package.
-        faults: Where failures are reported.
+        version: Version of the package, which the instrumentation scope names.
+        faults: Takes failures of our own and of OpenTelemetry.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Tracing:
         self.hints = hints
         self.faults = faults
 
-    def begin(self, environ: WSGIEnvironment, started_ns: int) -> RequestTrace | None:
+    def start(self, environ: WSGIEnvironment, started_ns: int) -> RequestTrace | None:
         """Join the span that is current, or start one.
 
         Args:
@@ -95,7 +96,7 @@ class Tracing:
             started_ns: When the request started, in nanoseconds since the epoch.
 
         Returns:
-            None if the request is not to be traced, or on a failure.
+            None for the skipped path, and when OpenTelemetry raised.
         """
         if environ.get("PATH_INFO") == self._skip:
             return None
@@ -105,7 +106,7 @@ class Tracing:
             if known.is_valid and not known.is_remote:
                 return RequestTrace(self, current, None)
             if getattr(self._app, "_is_instrumented_by_opentelemetry", False):
-                # Its span starts later, in a hook; or never, where it was told not to.
+                # Its span starts later, in a hook; or never, for URLs that it excludes.
                 return RequestTrace(self, None, None)
             return self._start(environ, started_ns)
         except Exception as error:  # noqa: BLE001 - a visitor must never see a failure of ours
@@ -116,7 +117,7 @@ class Tracing:
         if self._tracer is None:
             self._tracer = self._provider().get_tracer(SCOPE, self._version, schema_url=SCHEMA_URL)
         around = propagate.extract(environ, getter=_FROM_ENVIRON)
-        # What samplers may want to know; the worker says it again, and what is private no more.
+        # For samplers. The worker sets attributes again, and then only those of the record.
         span = self._tracer.start_span(
             environ.get("REQUEST_METHOD", "HTTP"),
             around,
@@ -129,13 +130,13 @@ class Tracing:
             start_time=started_ns,
         )
         if not span.get_span_context().is_valid:
-            # The no-op tracer of API 1.20 forgets the caller, whose trace goes on all the same.
+            # API 1.20's no-op tracer drops the caller's context; its trace goes on all the same.
             span = trace.get_current_span(around)
         caller = trace.get_current_span(around).get_span_context()
         return RequestTrace(self, span, trace.set_span_in_context(span, around), caller)
 
     def reset_after_fork(self) -> None:
-        """Ask for the provider again, and forget the spans of the parent process."""
+        """Get a tracer anew when one is needed, and forget the spans of the parent process."""
         self._tracer = None
         self.live.reset_after_fork()
 
@@ -144,9 +145,9 @@ class RequestTrace:
     """One request's place in a trace.
 
     Args:
-        tracing: Whom it belongs to.
-        span: Its span, ours or joined; None until somebody else starts one.
-        context: In which the app runs if the span is ours.
+        tracing: Of the app.
+        span: Its span, ours or joined; None until another instrumentation starts one.
+        context: Context that has our span as the current one; None if the span is not ours.
         caller: The caller's span if the span is ours; invalid if there is none.
     """
 
@@ -165,7 +166,10 @@ class RequestTrace:
         self._caller = caller
 
     def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Call a function of the app with the span current: once for each chunk of a stream."""
+        """Call a function of the app with our span current; return its result.
+
+        Called for the app itself, and for each chunk of a stream.
+        """
         if self._context is None:
             return work(*arguments)
         token = otel_context.attach(self._context)
@@ -175,7 +179,10 @@ class RequestTrace:
             otel_context.detach(token)
 
     def learn(self, environ: WSGIEnvironment, endpoint: str | None) -> None:
-        """Find the span somebody else has started meanwhile, and tell it what we know."""
+        """Find the span that another instrumentation has started, and set our attributes on it.
+
+        Does nothing if the span is ours.
+        """
         if self._context is not None:
             return
         try:
@@ -188,7 +195,10 @@ class RequestTrace:
             self._tracing.faults.report("traces", error, "a span lacks attributes")
 
     def end(self) -> Trace | None:
-        """Return what an observation has of the trace, when the request is over."""
+        """Return the request's place in the trace, when it is over; None if it has none.
+
+        A sampled span of ours is handed to the live spans, for the worker to end it.
+        """
         span = self._span
         if span is None:
             return None
@@ -200,11 +210,11 @@ class RequestTrace:
         span_id = trace.format_span_id(found.span_id)
         if is_own and sampled:
             self._tracing.live.keep(span_id, span)
-        # A span that is joined knows its parent if it is recorded, by the SDK.
+        # Of a joined span only the SDK's recording ones know their parent.
         parent = self._caller if is_own else getattr(span, "parent", None)
         return Trace(
             trace.format_trace_id(found.trace_id),
-            # Without an SDK the caller's own span is handed on.
+            # Without an SDK the current span is the caller's own, passed through.
             None if found.is_remote else span_id,
             trace.format_span_id(parent.span_id)
             if parent is not None and parent.is_valid
@@ -215,7 +225,7 @@ class RequestTrace:
 
 
 class _FromEnviron(Getter[dict[str, Any]]):
-    """Reads the headers that carry a context from a WSGI environ (PEP 3333)."""
+    """Reads propagation headers, such as traceparent, from a WSGI environ (PEP 3333)."""
 
     def get(self, carrier: dict[str, Any], key: str) -> list[str] | None:
         value = carrier.get("HTTP_" + key.upper().replace("-", "_"))

@@ -1,4 +1,4 @@
-"""Records -> spans, long after: made again, with their ids, and sent to a collector."""
+"""Replays stored records as spans, with their ids, to a collector."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ if TYPE_CHECKING:
 
 
 class NotTaken(Exception):
-    """The collector did not take spans, after all tries; the message says why, without its URL."""
+    """The collector did not take spans after all retries; the message says why, without its URL."""
 
 
 class Replay:
-    """Makes the spans of records again, and sends them to a collector, past the app's provider.
+    """Makes the spans of records again and sends them to a collector; a context manager.
 
-    That one's sampler would drop some, and its processors may send them elsewhere.
+    Not by the app's provider, whose sampler would drop some and whose processors may send them
+    elsewhere. For one caller at a time.
 
     Args:
         service: ``service.name`` of records that name no app, unless OTEL_SERVICE_NAME or
             OTEL_RESOURCE_ATTRIBUTES have one for all.
         user: Whether spans name the user.
-        version: Version of the package.
+        version: Version of the package, which the instrumentation scope names.
 
     Raises:
-        ConfigError: The exporter is not installed, or the environment's variables are not fit.
+        ConfigError: The exporter is not installed, or OpenTelemetry's variables ask for no spans,
+            for another protocol, or are not understood.
     """
 
     def __init__(self, service: str, *, user: bool, version: str) -> None:
         try:
-            # Imported here: every `flask` command imports this file, by way of the command line.
+            # Not at the top: every `flask` command imports this file.
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -62,8 +64,8 @@ class Replay:
             try:
                 self._exporter: Any = OTLPSpanExporter()
                 self._resource = Resource.create()
-            except Exception as error:  # noqa: BLE001 - a wrong variable raises anything
-                # Not its text, which may hold a URL or a key.
+            except Exception as error:  # noqa: BLE001 - a wrong variable makes it raise anything
+                # Only the class: the text may hold a URL or a key.
                 raise ConfigError(
                     f"OpenTelemetry's variables OTEL_… are not understood: {type(error).__name__}"
                 ) from None
@@ -76,15 +78,16 @@ class Replay:
             self._exporter.shutdown()
 
     def send(self, batch: Sequence[UsageRecord]) -> int:
-        """Send the spans of records, and return how many these are: others cannot be spans.
+        """Send the spans of records; blocks as long as the exporter tries.
 
-        It blocks as long as the exporter tries.
+        Returns:
+            Number of spans sent; fewer than records if some cannot be spans.
 
         Raises:
-            NotTaken: The collector took none, or it is not known which.
+            NotTaken: The collector took none, or some and it is not known which.
         """
         for record in batch:
-            # Storages may be anybody's: a broken record must not keep all others from going.
+            # A storage of the app may return a broken record, which must not stop all others.
             with suppress(Exception):
                 self._writer(record.app or self._service).write([with_ids(record)])
         spans = [span for span in self._ended.get_finished_spans() if _fits(span)]
@@ -95,14 +98,14 @@ class Replay:
 
     def _export(self, spans: Sequence[ReadableSpan]) -> None:
         from opentelemetry.context import (
-            _SUPPRESS_INSTRUMENTATION_KEY,  # private, but what all instrumentations import
+            _SUPPRESS_INSTRUMENTATION_KEY,  # private, but all instrumentations import it
             attach,
             detach,
             set_value,
         )
         from opentelemetry.sdk.trace.export import SpanExportResult
 
-        # So that an app with an instrumented HTTP client does not trace the export in turn.
+        # An app with an instrumented HTTP client must not trace the export in turn.
         token = attach(set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))
         try:
             with self._reasons:
@@ -115,7 +118,7 @@ class Replay:
             raise NotTaken(self._reasons.last)
 
     def _writer(self, app: str) -> SpanWriter:
-        """Return what ends the spans of an app's records: several may share a storage."""
+        """Return the writer of an app's spans; several apps may share a storage."""
         if app not in self._writers:
             self._writers[app] = self._make_writer(app)
         return self._writers[app]
@@ -144,11 +147,11 @@ class Replay:
 
 
 def with_ids(record: UsageRecord) -> UsageRecord:
-    """Return the record with ids that OpenTelemetry takes: its own, else made of the record's.
+    """Return the record with ids that OpenTelemetry accepts: its own, else made of the record's.
 
-    Those of a request that was never in a trace are the digits of its UUID, as `SpanWriter` takes
-    them. What has no UUID, such as a row of flask-track-usage, has digits of a SHA-256 instead, of
-    app and time too: the rows of each such table are numbered from 1.
+    A request that was never in a trace gets the digits of its record's UUID, as `SpanWriter` gives
+    them. A record without a UUID, such as a row of flask-track-usage, gets digits of a SHA-256 of
+    app, time and id: the rows of every such table are numbered from 1.
     """
     digits = record.id.replace("-", "")
     if not (_is_id(digits, 32) and _is_id(digits[:16], 16) and _is_id(digits[16:], 16)):
@@ -166,7 +169,7 @@ def with_ids(record: UsageRecord) -> UsageRecord:
 
 
 def _is_id(text: str | None, length: int) -> bool:
-    """Tell whether it is hexadecimal, so long, and not zero (W3C trace context)."""
+    """Tell whether a text is an id of so many hexadecimal digits, not all zero (W3C)."""
     return (
         text is not None
         and re.fullmatch(f"[0-9a-fA-F]{{{length}}}", text) is not None
@@ -175,16 +178,16 @@ def _is_id(text: str | None, length: int) -> bool:
 
 
 def _fits(span: ReadableSpan) -> bool:
-    """Tell whether its times can be sent: nanoseconds since 1970, in 64 bits."""
+    """Tell whether a span's times can be sent: nanoseconds since 1970, in 64 bits."""
     times = (span.start_time, span.end_time)
     return all(time is not None and 0 <= time < 2**64 for time in times)
 
 
 def _check_environment() -> None:
-    """Refuse what would come to nothing.
+    """Check OpenTelemetry's environment variables before anything is sent.
 
     Raises:
-        ConfigError: The variables want no spans, or another protocol.
+        ConfigError: They disable spans, or ask for another protocol.
     """
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         raise ConfigError("OTEL_SDK_DISABLED is set, so there would be no spans: unset it")
@@ -200,9 +203,12 @@ def _check_environment() -> None:
 
 
 class _Reasons(logging.Handler):
-    """Learns from the exporter's log why it failed, and keeps the log off the terminal.
+    """Reads from the exporter's log why it failed, and keeps the log off the terminal.
 
-    Of the log only a status, or the kind of an exception: its texts may hold the URL.
+    Only the HTTP status or the class of an exception is taken: the texts may hold the URL.
+
+    Attributes:
+        last: The latest reason, such as ``"HTTP 503"``.
     """
 
     def __init__(self) -> None:
@@ -210,7 +216,7 @@ class _Reasons(logging.Handler):
         self.last = ""
 
     def __enter__(self) -> _Reasons:
-        # What is said if it gives up before the log says why.
+        # Stays if the exporter gives up before it logs why.
         self.last = "not in the time that OTEL_EXPORTER_OTLP_TIMEOUT gives"
         logger = logging.getLogger("opentelemetry")
         self._propagated = logger.propagate
@@ -234,7 +240,7 @@ class _Reasons(logging.Handler):
 
 
 def _reason(error: BaseException) -> str:
-    """Describe a failure by the error of the system that it began with, or else by its class."""
+    """Return the operating system's text for the error behind a failure, else its class."""
     reason = type(error).__name__
     cause: BaseException | None = error
     while cause is not None:

@@ -1,4 +1,4 @@
-"""Ends the span of each record with what the record says: a storage like any other."""
+"""Ends the span of each record with the record's values: a writer like that of any storage."""
 
 from __future__ import annotations
 
@@ -22,31 +22,32 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
 _AT_ONCE = 512
-"""Spans of requests in one export, at most: as many as the SDK's own batches have."""
+"""Records whose spans are exported at once, at most: as many spans as the SDK's batches have."""
 
-_FEWER = 4
-"""How many times fewer are sent at once after a failure, and more after a success."""
+_FACTOR = 4
+"""After a failure an export has so many times fewer records; after a success so many more."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MICROSECOND = timedelta(microseconds=1)
 
 
 class SpanWriter(Writer):
-    """Ends live spans; those of a process that was killed are made again, with the same ids.
+    """Ends live spans, and makes those of a killed process again, with the same ids.
 
-    So a span waits in the journal and on disk like a row, until the collector has it.
+    So a span waits in journal and spool like a row, until the collector has it. For one caller at a
+    time.
     """
 
     name = "traces"
 
     def set_up(self, export: TraceExport, live: LiveSpans, *, user: bool, version: str) -> None:
-        """Keep what is needed.
+        """Take the constructor's arguments.
 
         Args:
-            export: Where spans go.
-            live: Where those of this process are.
-            user: Whether the user is named.
-            version: Version of the package.
+            export: Exports the spans.
+            live: Keeps the spans of this process until they are ended here.
+            user: Whether spans name the user.
+            version: Version of the package, which the instrumentation scope names.
         """
         self._export = export
         self._live = live
@@ -57,8 +58,8 @@ class SpanWriter(Writer):
     def _start_anew(self) -> None:
         self._again: trace.Tracer | None = None
         self._ids = _GivenIds(None)
-        # Of a batch that is not done with: what is still to be exported of each record, for a span
-        # ends only once; and why there never will be anything.
+        # Of the batch that is being written, by record id: its ended spans that are still to be
+        # exported, as a span ends only once; and the reason why it never can be exported.
         self._unsent: dict[str, list[ReadableSpan]] = {}
         self._refused: dict[str, str] = {}
         self._at_once = _AT_ONCE
@@ -66,9 +67,13 @@ class SpanWriter(Writer):
     def write(self, batch: Sequence[UsageRecord]) -> None:
         """End the spans of a batch, and export them if the provider is ours.
 
+        Blocks as long as the exporter does. After `StorageUnavailable` the same batch may be
+        written again: spans that were exported are not exported twice.
+
         Raises:
             StorageUnavailable: The collector did not take them.
-            RecordsRejected: Of some there is no span, or the collector takes all but these.
+            RecordsRejected: Some are not sampled or cannot be made, or the collector takes all
+                but these.
         """
         unsent, self._unsent = self._unsent, {}
         for record in batch:
@@ -81,10 +86,13 @@ class SpanWriter(Writer):
             raise RecordsRejected(positions, refused[batch[positions[0]].id])
 
     def _send(self) -> None:
-        """Export what is left; after a failure less at once, lest a few spans hold up all others.
+        """Export all unsent spans; after a failure fewer at once, so that a bad one is found.
 
         An exporter does not tell an outage from spans that are malformed, or too many at once. So
-        it is an outage unless something was taken in the same attempt.
+        a failure is taken for an outage unless other spans were taken in the same call.
+
+        Raises:
+            StorageUnavailable: An outage.
         """
         is_up, most = False, _AT_ONCE
         while left := [key for key, spans in self._unsent.items() if spans]:
@@ -92,7 +100,7 @@ class SpanWriter(Writer):
             try:
                 self._export_all(part)
             except StorageUnavailable:
-                self._at_once = max(len(part) // _FEWER, 1)
+                self._at_once = max(len(part) // _FACTOR, 1)
                 if len(part) == 1 < len(left):
                     self._judge(part, left[-1:])
                     most = _AT_ONCE
@@ -101,14 +109,18 @@ class SpanWriter(Writer):
                 else:
                     raise
             else:
-                self._at_once = min(self._at_once * _FEWER, most)
+                self._at_once = min(self._at_once * _FACTOR, most)
             is_up = True
 
     def _judge(self, suspect: Sequence[str], other: Sequence[str]) -> None:
-        """Refuse what is not taken alone, just before and just after another is.
+        """Refuse a record whose spans failed alone, and fail again after another's were taken.
+
+        Args:
+            suspect: Id of the one record that failed just now.
+            other: Id of another record that is unsent.
 
         Raises:
-            StorageUnavailable: The other is not taken either.
+            StorageUnavailable: The other's spans are not taken either: an outage.
         """
         self._export_all(other)
         try:
@@ -124,26 +136,27 @@ class SpanWriter(Writer):
             self._unsent[key] = []
 
     def flush(self) -> None:
-        """Send what other libraries have left."""
+        """Export other libraries' spans that still wait; see `TraceExport.flush`."""
         self._export.flush()
 
     def reset_after_fork(self) -> None:
-        """Forget what the parent process will export."""
+        """Forget the spans that the parent process will export."""
         self._export.reset_after_fork()
         self._start_anew()
 
     def _end(self, record: UsageRecord) -> list[ReadableSpan]:
-        """End the span of a record; return what is to be exported."""
+        """End the span of a record; return the ended spans that we have to export."""
         with self._export.collecting() as spans:
             try:
                 if not self._end_with(record):
                     self._refused[record.id] = "not sampled"
-            except Exception as error:  # noqa: BLE001 - samplers and processors may be anybody's
+            except Exception as error:  # noqa: BLE001 - samplers and processors of the app raise anything
                 if not spans:
                     self._refused[record.id] = type(error).__name__
         return spans
 
     def _end_with(self, record: UsageRecord) -> bool:
+        """End the span of a record with its values; return False if it is not sampled."""
         start_ns = (record.started_at - _EPOCH) // _MICROSECOND * 1000
         span = self._live.take(record.span_id)
         if span is None:
@@ -159,7 +172,7 @@ class SpanWriter(Writer):
         return True
 
     def _make_again(self, record: UsageRecord, start_ns: int) -> trace.Span:
-        """Start the span of a record; one that had none has ids made of the record's."""
+        """Start the span of a record again; with ids made of the record's if it never had one."""
         digits = record.id.replace("-", "")
         trace_id = int(record.trace_id or digits, 16)
         span_id = int(record.span_id or digits[16:], 16)
@@ -168,7 +181,7 @@ class SpanWriter(Writer):
                 SCOPE, self._version, schema_url=SCHEMA_URL
             )
             self._ids = _GivenIds(getattr(self._again, "id_generator", None))
-            with suppress(AttributeError):  # of the SDK's tracers only; others make their own ids
+            with suppress(AttributeError):  # other tracers than the SDK's make their own ids
                 self._again.id_generator = self._ids  # type: ignore[attr-defined]
         context = Context()
         if record.parent_span_id is not None:
@@ -186,10 +199,10 @@ class SpanWriter(Writer):
 
 
 class _GivenIds:
-    """Hands out the ids of a span that is made again (the SDK's IdGenerator).
+    """An id generator for spans that are made again with given ids (the SDK's IdGenerator).
 
     Args:
-        others: What makes all other ids, should the SDK share a tracer.
+        others: The generator of all other ids, in case the SDK shares the tracer.
     """
 
     def __init__(self, others: Any) -> None:
@@ -198,7 +211,7 @@ class _GivenIds:
 
     @contextmanager
     def given(self, trace_id: int, span_id: int) -> Iterator[None]:
-        """Hand out these ids to this thread meanwhile."""
+        """Give these ids to the span that this thread starts inside the block."""
         self._local.ids = trace_id, span_id
         try:
             yield
@@ -214,5 +227,5 @@ class _GivenIds:
         return int(self._others.generate_span_id()) if ids is None else ids[1]
 
     def is_trace_id_random(self) -> bool:
-        # What nobody promises is not claimed (W3C trace context, level 2).
+        # Given ids may not be random, so that must not be claimed (W3C trace context, level 2).
         return False
