@@ -1,4 +1,4 @@
-"""Client addresses: one spelling for each, and whose word about them is believed."""
+"""Client addresses: one spelling for each, and the client's address behind trusted proxies."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def normalise(text: str) -> str | None:
         Dotted IPv4 or compressed lower-case IPv6; None when it is no address or longer than 64
         characters.
     """
-    # Before the cache, which would keep a megabyte as its key.
+    # Before the cache, which would keep the text as its key, however long.
     return _normalise(text) if len(text) <= _MAX_TEXT else None
 
 
@@ -78,7 +78,7 @@ def _embedded(address: IPv6Address) -> IPv4Address | None:
     embedded = address.sixtofour
     if embedded is None and address in _NAT64:
         embedded = IPv4Address(int(address) & 0xFFFFFFFF)
-    # Neither may carry an internal address (RFC 3056, 2; RFC 6052, 3.1): one that does is made up,
+    # Neither may carry an internal address (RFC 3056, 2; RFC 6052, 3.1). One that does was made up,
     # perhaps to pass for a trusted proxy.
     if embedded is None or any(embedded in network for network in _INTERNAL):
         return None
@@ -87,7 +87,7 @@ def _embedded(address: IPv6Address) -> IPv4Address | None:
 
 @lru_cache(_CACHED)
 def is_global(address: str) -> bool:
-    """Tell whether an address is one host's on the public internet, so that it has a country.
+    """Tell whether an address is that of one host on the public internet, so that it has a country.
 
     Args:
         address: As `normalise` returns it; anything else is not global.
@@ -100,35 +100,35 @@ def is_global(address: str) -> bool:
 
 
 class TrustedProxies:
-    """The proxies whose X-Forwarded-For is believed.
+    """The proxies whose X-Forwarded-For is believed; true if there are any. For any thread.
 
     Args:
         ranges: Addresses and CIDR ranges, such as ``["127.0.0.1", "10.0.0.0/8"]``.
 
     Raises:
-        ConfigError: One of them is neither.
+        ConfigError: One of them is neither an address nor a range.
     """
 
     def __init__(self, ranges: Sequence[str]) -> None:
         self._networks = tuple(_network(text) for text in ranges)
-        # Of the instance: a cache of the class would keep every instance alive.
+        # A cache of the instance: one of the class would keep every instance alive.
         self._trusts = lru_cache(_CACHED)(self._look_up)
 
     def __bool__(self) -> bool:
         return bool(self._networks)
 
     def __contains__(self, address: str | None) -> bool:
-        """Tell whether a normalised address is a trusted proxy's; None is nobody's."""
+        """Tell whether a normalised address is that of a trusted proxy; False for None."""
         return address is not None and bool(self._networks) and self._trusts(address)
 
     def client(self, peer: str | None, forwarded_for: str) -> str | None:
         """Find the address of the client behind the trusted proxies.
 
-        Each proxy appends whom it heard from, so X-Forwarded-For is read from its right end, and
-        only as far as trusted proxies wrote it: what is further left, anybody can make up.
+        Each proxy appends the address it was called from. So X-Forwarded-For is read from its right
+        end, and only as far as trusted proxies wrote it: anybody can make up the rest.
 
         Args:
-            peer: Address of whoever opened the connection, as the server gives it.
+            peer: Address of whoever opened the connection, as the server gives it; None: unknown.
             forwarded_for: The X-Forwarded-For header, ``""`` if absent; only its last 2048
                 characters are looked at.
 
@@ -142,7 +142,7 @@ class TrustedProxies:
             return nearest
         kept = forwarded_for[-_MAX_FORWARDED_FOR:]
         if len(forwarded_for) > _MAX_FORWARDED_FOR:
-            # "203.0.113.9" cut to "3.0.113.9" is another's address.
+            # The first entry may be cut: "203.0.113.9" to "3.0.113.9", which is another address.
             kept = kept.partition(",")[2]
         for entry in reversed(kept.split(",")):
             address = normalise(entry)

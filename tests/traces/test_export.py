@@ -52,7 +52,7 @@ def collector() -> Iterator[Receiver]:
 
 @pytest.fixture(autouse=True)
 def environment(collector: Receiver, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What tells the SDK of the collector, and a global provider that nobody has set yet."""
+    """Have the SDK's variables name the collector, and no global provider set."""
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
