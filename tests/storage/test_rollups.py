@@ -30,7 +30,7 @@ from flask_usage_metrics.storage import Storage
 from flask_usage_metrics.storage.jsonl import JSONLinesStorage
 from flask_usage_metrics.storage.sql import SQLStorage
 from flask_usage_metrics.storage.sql.rollup_tables import DIMENSIONS
-from flask_usage_metrics.storage.sql.rollups import mark_late
+from flask_usage_metrics.storage.sql.rollups import mark_dirty
 
 pytest_plugins = ["helpers.databases"]
 
@@ -203,7 +203,7 @@ def test_an_hour_is_marked_a_minute_before_it_could_be_rolled_up(
     moments = [MONDAY - second, eastern, MONDAY + second, now, now + second]
 
     def mark(connection: sa.Connection) -> list[str]:
-        mark_late(storage._sums, connection, moments, now)
+        mark_dirty(storage._sums, connection, moments, now)
         found = connection.exec_driver_sql("SELECT note FROM flask_usage_upkeep ORDER BY note")
         return list(found.scalars())
 

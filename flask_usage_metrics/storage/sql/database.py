@@ -1,4 +1,7 @@
-"""A database with its tables as they should be: reached, and asked again where that helps."""
+"""Transactions of one SQL storage.
+
+Creates or upgrades the schema on first use, retries conflicts, maps driver errors.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,17 @@ from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect,
 from flask_usage_metrics.storage.sql.schema import Schema, Step
 
 _ATTEMPTS = 3
+"""Attempts at a transaction that meets a conflict, or a schema that changed."""
 
 _T = TypeVar("_T")
 
 
 class Database:
-    """What work is done in.
+    """Runs transactions for one storage, any number of threads at a time.
 
     Args:
-        given: Its dialect, or a Flask-SQLAlchemy object, whose engine may become known later.
-        schema: Its tables.
+        given: The dialect, or a Flask-SQLAlchemy object, whose engine may become known later.
+        schema: The tables of the storage.
         taken: Called with the dialect once it is known.
     """
 
@@ -48,20 +52,21 @@ class Database:
 
     @property
     def known(self) -> Dialect | None:
-        """The dialect, if it is known yet."""
+        """The dialect; None while the engine is not known."""
         return self._dialect
 
     def bind_app(self, app: Any) -> None:
-        """Ask for the engine in the context of this Flask app."""
+        """Ask for the engine in the context of this Flask app; failing to is no error yet."""
         self._app = app
         with suppress(StorageUnavailable):
             self.reach()
 
     def reach(self) -> Dialect:
-        """Return the dialect.
+        """Return the dialect; nothing is connected to.
 
         Raises:
             StorageUnavailable: Its engine can be had in an app context only.
+            ConfigError: It is of a database or driver that is not supported.
         """
         if self._dialect is not None:
             return self._dialect
@@ -79,13 +84,16 @@ class Database:
     # -- work -----------------------------------------------------------------------------------
 
     def run(self, work: Callable[[sa.Connection], _T], *, create: bool, absent: _T) -> _T:
-        """Do something in a transaction, with the table as it should be.
+        """Run a function in a transaction, and return its result.
+
+        Before, the schema is created or upgraded if this process does not know it to be current.
+        Blocks for `BUSY_SECONDS` or more if others hold locks.
 
         Args:
-            work: Called with the connection; again if the table turns out to be gone, or the
-                transaction was in another's way.
-            create: Make the file and the table if need be.
-            absent: Returned if there is no table and none was to be made.
+            work: Called with the connection; called again, twice at most, after a rollback, if the
+                transaction met a conflict, or a table or column was missing.
+            create: Create the file and the tables if there are none.
+            absent: Returned if there are none, and `create` is false.
 
         Raises:
             StorageUnavailable: The database cannot be used now.
@@ -102,7 +110,7 @@ class Database:
         return self.attempt(transact)
 
     def fetch(self, query: sa.Executable) -> Sequence[Sequence[Any]]:
-        """Return all rows of a query; none if there is no table."""
+        """Return all rows of a query; empty if there is no table. See `run`."""
 
         def fetch(connection: sa.Connection) -> Sequence[Sequence[Any]]:
             return connection.execute(query).all()
@@ -116,11 +124,16 @@ class Database:
         *,
         wait_seconds: float = BUSY_SECONDS,
     ) -> _T | None:
-        """Do something in a transaction that has a lock; see `run`.
+        """Run a function in a transaction that holds a lock between processes; see `run`.
+
+        Args:
+            work: As in `run`.
+            name: Name of the lock, see `Dialect.lock`.
+            wait_seconds: Seconds to wait for the lock. Only after `BUSY_SECONDS`, the default, is
+                it an error not to get it.
 
         Returns:
-            None if there is no table, or if somebody else has the lock and is not waited for as
-            long as for others.
+            The result; None if there is no table, or another process kept the lock.
         """
         dialect = self.reach()
 
@@ -144,7 +157,7 @@ class Database:
         return self.attempt(attempt)
 
     def attempt(self, work: Callable[[], _T]) -> _T:
-        """Do something, again if that helps; see `run` for what it raises."""
+        """Call a function, up to `_ATTEMPTS` times if that helps; see `run` for what it raises."""
         dialect = self.reach()
         with dialect.guard():
             for attempt in range(_ATTEMPTS):
@@ -182,11 +195,11 @@ class Database:
         return self.attempt(plan)
 
     def migrate(self) -> list[Step]:
-        """Make the tables what they should be, without trust in what was noted of them."""
+        """Create or upgrade the schema, without trust in the noted versions; return the steps."""
         dialect = self.reach()
 
         def migrate() -> list[Step]:
-            dialect.make_place()
+            dialect.make_room()
             with dialect.connect() as connection:
                 dialect.connected(connection, create=True)
             return self.schema.upgrade(dialect)
@@ -214,7 +227,7 @@ class Database:
             self._dialect.engine.dispose(close=False)
 
     def _start(self) -> None:
-        """Know nothing yet, of this process."""
+        """Forget what this process found out of the schema."""
         self._setting_up = threading.Lock()
         self._ready_to_read = self._ready_to_write = False
         self._trusts = True
@@ -225,20 +238,20 @@ class Database:
         return dialect
 
     def _prepare(self, dialect: Dialect, create: bool) -> bool:
-        """Make the tables what they should be, unless that is known; return whether there are."""
-        place = dialect.place()
-        if place == "replaced":
+        """Create or upgrade the schema, unless it is known to be current; return if it exists."""
+        presence = dialect.presence()
+        if presence == "replaced":
             self._start_anew(dialect)
-            place = dialect.place()
-        if place == "absent":
+            presence = dialect.presence()
+        if presence == "absent":
             if not create:
                 return False
             self._ready_to_read = self._ready_to_write = False
         if self._ready_to_write if create else self._ready_to_read:
             return True
         with self._setting_up:
-            if place == "absent":
-                dialect.make_place()
+            if presence == "absent":
+                dialect.make_room()
             try:
                 exists = self.schema.ensure(
                     dialect, create=create, trust=self._trusts, wait_seconds=BUSY_SECONDS
@@ -261,7 +274,7 @@ class Database:
 
 @contextmanager
 def _connection(dialect: Dialect) -> Iterator[sa.Connection]:
-    """Connect; what others close meanwhile, by closing the storage, is closed in the end."""
+    """Connect; if another thread closes the storage meanwhile, close the connection at the end."""
     pool = dialect.engine.pool
     with dialect.connect() as connection:
         try:

@@ -1,4 +1,4 @@
-"""A `Filter`, and the fields of a record, as parts of SQL statements."""
+"""Parts of SQL statements: a `Filter` as conditions, a field as an expression, pages, sums."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _STARTED_AT, _ID = FIELDS.index("started_at"), FIELDS.index("id")
 
 
 class Query:
-    """What statements about the records' table are made of.
+    """Makes queries of one table; none of its methods touches the database.
 
     Args:
-        table: The table.
+        table: The table of records, or one of sums, whose columns have the same names.
         dialect: Of the database it is in.
     """
 
@@ -30,11 +30,11 @@ class Query:
 
     @property
     def moment(self) -> sa.ColumnElement[Any]:
-        """The time, as what compares and sorts."""
+        """The column of times, as an expression that compares and sorts; see `Dialect.moment`."""
         return self._dialect.moment(self._table.c.datetime)
 
     def field(self, name: str) -> Any:
-        """Return the expression for a field, the same wherever it is read, grouped or compared."""
+        """Return the expression for a field of the record, with `IF_NULL` in place of null."""
         if name == "started_at":
             return self.moment
         column = self._table.c[COLUMN_OF[name]]
@@ -44,11 +44,11 @@ class Query:
         return sa.func.coalesce(column, sa.literal_column(repr(IF_NULL[name]), column.type))
 
     def period(self, every: Every) -> sa.ColumnElement[str]:
-        """Return the start of the hour, day or month a record is of; see `Dialect.period`."""
+        """Return the expression for the hour, day or month of a record; see `Dialect.period`."""
         return self._dialect.period(self.moment, every)
 
     def conditions(self, wanted: Filter) -> list[sa.ColumnElement[bool]]:
-        """Return what holds for the wanted records."""
+        """Return the conditions that all hold for the wanted records, and for no others."""
         moment = self.moment
         conditions: list[sa.ColumnElement[bool]] = [moment.is_not(None)]
         if wanted.since is not None:
@@ -89,8 +89,8 @@ class Query:
         """Return the condition that a field is one of the values.
 
         Args:
-            field: The field.
-            values: Those that the field cannot have count for nothing; None means unknown.
+            field: One of `EQUALITY_FILTERS`.
+            values: None means unknown; a value of another type than the field's matches nothing.
         """
         column = self._table.c[COLUMN_OF[field]]
         # Only values of the field's type: databases would take "200" for 200 in some places.
@@ -104,13 +104,14 @@ class Query:
     # -- pages ----------------------------------------------------------------------------------
 
     def page(self, wanted: Filter, order: Order) -> sa.Select[Any]:
-        """Return the query for records by (started_at, id).
+        """Return the query for the wanted records by (started_at, id), without a limit.
 
-        Old rows have no record id. Null sorts before all ids, as does what `to_record` makes of
-        their primary key.
+        Rows of flask-track-usage have no record id. Null sorts before all ids, as does the id that
+        `to_record` makes of their primary key.
 
         Returns:
-            Rows of the primary key; the whole URL, of an old row only; and the values of `FIELDS`.
+            A query for rows of the primary key, the whole URL (null unless the row is
+            flask-track-usage's), and the values of `FIELDS`.
         """
         keys = self._keys()
         columns = self._table.c
@@ -123,7 +124,12 @@ class Query:
         )
 
     def beyond(self, order: Order, row: Sequence[Any]) -> sa.ColumnElement[bool]:
-        """Return the condition for the rows that come after one of `page`, without an OFFSET."""
+        """Return the condition for the rows after a given one (keyset pagination).
+
+        Args:
+            order: As given to `page`.
+            row: The last one of a page.
+        """
         moment, record_id, key = self._keys()
         last_key, _, *values = row
         last_moment, last_record_id = values[_STARTED_AT], values[_ID]
@@ -157,9 +163,17 @@ class Query:
     ) -> sa.Select[Any]:
         """Return the query for sums by group.
 
+        Args:
+            conditions: For the rows to add up.
+            fields: Fields to group by.
+            every: Period to group by as well; None: none.
+            bounds: Upper bounds of the latency buckets, in seconds, ascending.
+            visitors: Whether to count different visitors.
+
         Returns:
-            Rows of the period, if there is one; the fields; requests, errors, bytes sent, seconds;
-            visitors, or null; and for each bound, how many requests took at most so long.
+            A query for rows of the period, if any; the fields; requests, errors (status 500 to
+            599), bytes sent, seconds; visitors, or null; and for each bound the number of requests
+            that took at most so long.
         """
         groups = [self.field(field) for field in fields]
         if every is not None:
@@ -184,7 +198,7 @@ class Query:
 
 
 def _fits(value: Any) -> bool:
-    """Tell whether a record can have the value at all: JSON or SQL might not take another."""
+    """Tell whether a record can have the value: a text without NUL and surrogates, 64 bits."""
     if isinstance(value, str):
         return "\0" not in value and value.encode(errors="ignore").decode() == value
     return -(2**63) <= int(value) < 2**63

@@ -1,4 +1,4 @@
-"""The tables of sums beside a table of records, by hour and by day."""
+"""The tables of hourly and daily sums that belong to a table of records."""
 
 from __future__ import annotations
 
@@ -26,31 +26,36 @@ VERSION = 1
 """To be raised when the columns or indexes of these tables change."""
 
 DIMENSIONS = ("endpoint", "method", "status", "country", "client")
-"""What sums are kept apart by: fields of the record."""
+"""Fields of the record that sums are grouped by."""
 
 SUMS = ("requests", "errors", "bytes_sent", "duration_seconds_sum")
-"""What is added up: 5xx are errors; bytes of response bodies; seconds."""
+"""Columns of sums: requests; those with status 500 to 599; bytes of response bodies; seconds."""
 
 MOST_BOUNDS = 31
-"""Of histograms with more bounds only every second is kept, or every third, and so on."""
+"""Of a histogram with more bounds only every second is kept, or every third, and so on."""
 
-AT_MOST = tuple(f"at_most_{place}" for place in range(MOST_BOUNDS))
-"""How many requests took at most as long as a bound of the histogram says; null beyond the last."""
+AT_MOST = tuple(f"at_most_{index}" for index in range(MOST_BOUNDS))
+"""Columns of cumulative counts: requests no longer than each bound; null beyond the last bound."""
+
+# Values of the column `what` of the upkeep table.
+REACHED = "reached"
+DIRTY = "late"
+BOUNDS = "bounds"
 
 
 class RollupTables:
-    """The tables of sums that belong to a table of records, named after it.
+    """The tables of sums of one table of records, named after it.
 
     Args:
         records: The table of records.
 
     Attributes:
-        hourly: A row for each hour, set of `DIMENSIONS`, and bounds; several are to be added up.
-            ``frozen`` are the sums of rows that were pruned.
-        daily: Likewise for days that are over; pruned rows are in it, too.
-        upkeep: What is done (``reached``: the hour before which all hours are rolled up), what is
-            to be done (``late``: an hour that is to be rolled up again), and the ``bounds`` that
-            sums refer to.
+        records: The same.
+        hourly: A row for an hour, values of `DIMENSIONS` and bounds; several such are to be added
+            up. ``frozen`` marks the sums of rows that were pruned.
+        daily: Likewise for days that are over; includes pruned rows.
+        upkeep: Notes, a row each: `REACHED`, the end of the last hour that is rolled up; `DIRTY`,
+            an hour whose sums are stale; `BOUNDS`, which rows of sums refer to by its id.
     """
 
     def __init__(self, records: sa.Table) -> None:
@@ -69,7 +74,7 @@ class RollupTables:
         )
 
     def component(self) -> Component:
-        """Return what `Schema` makes of these."""
+        """Return these tables and their indexes, for `Schema`."""
         indexes = tuple(
             Index(f"ix_{table.name}_datetime", table, ("datetime",))
             for table in (self.hourly, self.daily)
@@ -77,27 +82,32 @@ class RollupTables:
         return Component("rollups", VERSION, (self.hourly, self.daily, self.upkeep), indexes)
 
     def reached(self, connection: sa.Connection) -> datetime | None:
-        """Return the end of the last hour that is rolled up; None: none is."""
+        """Return the end of the last hour that is rolled up, aware UTC; None: none is."""
         rows = self.upkeep.c
-        found = connection.execute(sa.select(rows.note).where(rows.what == "reached")).scalar()
+        found = connection.execute(sa.select(rows.note).where(rows.what == REACHED)).scalar()
         return None if found is None else period_start(found)
 
-    def late(self, connection: sa.Connection, before: datetime) -> list[str]:
-        """Return the hours before another that are to be rolled up again, as `Dialect.period`."""
+    def dirty_hours(self, connection: sa.Connection, before: datetime) -> list[str]:
+        """Return the hours with stale sums, ascending, as `Dialect.period` spells them.
+
+        Args:
+            connection: In a transaction.
+            before: Only hours that begin before then; aware UTC.
+        """
         rows = self.upkeep.c
-        late = sa.and_(rows.what == "late", rows.note < spelled(before))
-        found = connection.execute(sa.select(rows.note).where(late).distinct())
+        is_dirty = sa.and_(rows.what == DIRTY, rows.note < spelled(before))
+        found = connection.execute(sa.select(rows.note).where(is_dirty).distinct())
         return sorted(found.scalars())
 
     def bounds(self, connection: sa.Connection) -> dict[int, list[float]]:
-        """Return the bounds in seconds, ascending, by what sums refer to them by."""
+        """Return all bounds that sums refer to: seconds, ascending, by their id."""
         rows = self.upkeep.c
-        found = connection.execute(sa.select(rows.id, rows.note).where(rows.what == "bounds"))
+        found = connection.execute(sa.select(rows.id, rows.note).where(rows.what == BOUNDS))
         return {number: [*map(float, spelled.split())] for number, spelled in found}
 
 
 def spelled(hour: datetime) -> str:
-    """Return the start of an hour as `Dialect.period` does."""
+    """Return the start of an hour in UTC as `Dialect.period` spells it: ``2026-11-22 09``."""
     return hour.replace(tzinfo=None).isoformat(" ", "hours")
 
 

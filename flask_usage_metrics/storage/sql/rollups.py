@@ -1,15 +1,15 @@
-"""Sums by hour and day beside the rows of a SQL table, which stay when the rows are pruned.
+"""Rollups: hourly and daily sums, made of the rows of a SQL table and kept when these are pruned.
 
 An hour that is over is rolled up once: its rows are added up by endpoint, method, status, country
-and client. What changes its rows later changes the sums in a way that leaves them right whenever a
-transaction ends, and whoever dies in between:
+and client. Later changes of its rows keep the sums right at the end of every transaction, even if a
+process dies in between:
 
-- Rows that are written after their hour is over are marked in the same transaction. A marked hour
-  is rolled up again, from all of its rows. So are hours that rows are erased from.
-- Rows that are pruned go over into *frozen* sums, in the transaction that deletes them. Rolling up
-  again replaces only the sums of the rows that are left.
+- Writing a row whose hour is over, or erasing one, marks the hour *dirty* in the same transaction.
+  A dirty hour is rolled up again, from all its rows; until then it is read from its rows.
+- Pruning rows adds them to *frozen* sums in the transaction that deletes them. Rolling up again
+  replaces the other sums only.
 
-So the sums of an hour are always those of its rows, with the pruned ones.
+So the sums of an hour are those of its rows and of the rows that were pruned.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from flask_usage_metrics.storage.sql.dialects.base import Dialect, period_start
 from flask_usage_metrics.storage.sql.query import Query
 from flask_usage_metrics.storage.sql.rollup_tables import (
     AT_MOST,
+    BOUNDS,
     DIMENSIONS,
+    DIRTY,
     MOST_BOUNDS,
+    REACHED,
     SUMS,
     RollupTables,
     spelled,
@@ -34,26 +37,26 @@ from flask_usage_metrics.storage.sql.rollup_tables import (
 from flask_usage_metrics.storage.sql.table import MOMENT
 
 CLOSING = timedelta(minutes=5)
-"""An hour is rolled up so long after its end: by then its rows are written, as a rule."""
+"""Time between the end of an hour and its rollup; by then nearly all its rows are written."""
 
 _LATE = CLOSING - timedelta(minutes=1)
-"""Rows written so long after the end of their hour are marked: a minute before they need be, for
-transactions that take long and clocks that differ."""
+"""Time between the end of an hour and when writing its rows makes it dirty. A minute shorter than
+`CLOSING`, for transactions that take long and clocks that differ."""
 
 _HOUR = timedelta(hours=1)
 _DAY = timedelta(days=1)
 _MARKS_AT_ONCE = 500
 
 
-def mark_late(
+def mark_dirty(
     tables: RollupTables, connection: sa.Connection, moments: Sequence[datetime], now: datetime
 ) -> None:
-    """Mark the hours that are over of rows that are written in this transaction.
+    """Mark the hours of rows written in this transaction as dirty, those that are over.
 
     Args:
         tables: The sums.
         connection: In the transaction.
-        moments: When the rows' requests started, aware.
+        moments: Start times of the rows' requests, aware; one at least.
         now: Aware UTC.
     """
     over = truncate(now - _LATE, "hour")
@@ -61,29 +64,37 @@ def mark_late(
         return
     late = [moment for moment in moments if moment < over]
     marks = []
-    # Hour by hour, which are few: to truncate each moment costs half as much as to write its row.
+    # Hour by hour, which are few: to truncate every moment is dear.
     while late:
         hour = truncate(min(late).astimezone(timezone.utc), "hour")
-        marks.append({"what": "late", "note": spelled(hour)})
+        marks.append({"what": DIRTY, "note": spelled(hour)})
         late = [moment for moment in late if moment >= hour + _HOUR]
     connection.execute(sa.insert(tables.upkeep), marks)
 
 
-def mark_erased(
+def mark_dirty_where(
     tables: RollupTables, connection: sa.Connection, dialect: Dialect, rows: sa.ColumnElement[bool]
 ) -> None:
-    """Mark the hours of rows that are about to be deleted in this transaction."""
-    period = Query(tables.records, dialect).period("hour")
-    hours = sa.select(sa.literal("late"), period).where(rows).distinct()
-    connection.execute(sa.insert(tables.upkeep).from_select(["what", "note"], hours))
-
-
-class Rollups:
-    """Changes of the sums, in one transaction that holds a lock: that of `lock_name`.
+    """Mark the hours of rows that this transaction is about to erase as dirty.
 
     Args:
         tables: The sums.
         connection: In the transaction.
+        dialect: Of the database.
+        rows: Condition for the rows.
+    """
+    period = Query(tables.records, dialect).period("hour")
+    hours = sa.select(sa.literal(DIRTY), period).where(rows).distinct()
+    connection.execute(sa.insert(tables.upkeep).from_select(["what", "note"], hours))
+
+
+class Rollups:
+    """Changes of the sums, within one transaction.
+
+    Args:
+        tables: The sums.
+        connection: In the transaction, which holds the lock (`Dialect.lock`) with the name of the
+            upkeep table.
         dialect: Of the database.
         bounds: Upper bounds of the latency buckets, in seconds, ascending.
     """
@@ -103,7 +114,7 @@ class Rollups:
         self._bounds = bounds if step <= 1 else bounds[::-step][::-1]
 
     def advance(self, now: datetime) -> bool:
-        """Roll up one hour, if any waits for it; return whether there may be another.
+        """Roll up the next hour, or a dirty one; return whether there may be more to do.
 
         Args:
             now: Aware UTC.
@@ -115,7 +126,7 @@ class Rollups:
                 return False
             reached = truncate(first, "hour")
             self._reach(reached)
-        if self._roll_up_late(reached):
+        if self._roll_up_dirty(reached):
             return True
         over = truncate(now - CLOSING, "hour")
         if reached >= over:
@@ -132,14 +143,14 @@ class Rollups:
         return hour is not None
 
     def prune(self, before: datetime, limit: int) -> int | None:
-        """Let the sums of some old rows stay, and delete these.
+        """Delete some old rows, and keep their sums.
 
         Args:
-            before: Rows that started before then are old; aware UTC.
-            limit: At most so many are deleted.
+            before: Rows of requests that started before then are old; aware UTC.
+            limit: Most rows to delete.
 
         Returns:
-            How many were deleted; None if there are no old rows.
+            Rows deleted, all of one hour; None if there are no old rows.
         """
         moment = self._query.moment
         key = self._tables.records.c.id
@@ -154,13 +165,13 @@ class Rollups:
         if not found:
             return None
         hour = truncate(_parsed(found[0][1]), "hour")
-        # By their keys: a row that is written meanwhile must not be deleted without being added.
+        # By their keys: a row written meanwhile must not be deleted, being in no sum.
         keys = [number for number, started in found if truncate(_parsed(started), "hour") == hour]
         doomed = self._dialect.any_of(key, keys)
         self._add_up(hour, doomed, frozen=True)
         reached = self._tables.reached(self._connection)
         if reached is not None and hour < reached:
-            # What goes over is taken away here, instead of adding up all that is left anew.
+            # Subtracted from the hour's sums, which is less work than to add up the rows left.
             self._add_up(hour, doomed, frozen=False, sign=-1)
         self._dialect.delete(self._connection, self._tables.records, doomed)
         if self._first(hour, next_start(hour, "hour")) is None:
@@ -168,7 +179,7 @@ class Rollups:
         return len(keys)
 
     def _first(self, since: datetime | None, until: datetime | None) -> datetime | None:
-        """Return when the first request of a range started."""
+        """Return when the first request of a range started, aware UTC; None: it has none."""
         moment = self._query.moment
         found = self._execute(
             sa.select(moment)
@@ -179,27 +190,27 @@ class Rollups:
         return None if found is None else _parsed(found)
 
     def _reach(self, moment: datetime) -> None:
-        """Note that all hours before then are rolled up."""
+        """Note that all hours before this one are rolled up."""
         upkeep = self._tables.upkeep
-        self._execute(sa.delete(upkeep).where(upkeep.c.what == "reached"))
-        self._execute(sa.insert(upkeep).values(what="reached", note=spelled(moment)))
+        self._execute(sa.delete(upkeep).where(upkeep.c.what == REACHED))
+        self._execute(sa.insert(upkeep).values(what=REACHED, note=spelled(moment)))
 
-    def _roll_up_late(self, reached: datetime) -> bool:
-        """Roll up the first marked hour again; those not reached yet will have their turn."""
+    def _roll_up_dirty(self, reached: datetime) -> bool:
+        """Roll up the first dirty hour again; return whether there was one before `reached`."""
         upkeep = self._tables.upkeep
         marks = upkeep.c
-        marked = sa.and_(marks.what == "late", marks.note < spelled(reached))
-        late = self._execute(sa.select(sa.func.min(marks.note)).where(marked)).scalar()
-        if late is None:
+        marked = sa.and_(marks.what == DIRTY, marks.note < spelled(reached))
+        dirty = self._execute(sa.select(sa.func.min(marks.note)).where(marked)).scalar()
+        if dirty is None:
             return False
         # By their ids: a mark that is committed from now on must stay.
         ids = self._execute(
             sa.select(marks.id)
-            .where(marks.what == "late", marks.note == late)
+            .where(marks.what == DIRTY, marks.note == dirty)
             .limit(_MARKS_AT_ONCE)
         ).scalars()
         self._execute(sa.delete(upkeep).where(marks.id.in_(ids.all())))
-        hour = period_start(late)
+        hour = period_start(dirty)
         self._roll_up(hour)
         day = truncate(hour, "day")
         if day + _DAY <= reached:
@@ -207,13 +218,13 @@ class Rollups:
         return True
 
     def _roll_up(self, hour: datetime) -> None:
-        """Replace the sums of an hour's rows."""
+        """Replace the sums of an hour's rows; the frozen ones stay."""
         self._forget(hour)
         rows = self._query.conditions(Filter(since=hour, until=hour + _HOUR))
         self._add_up(hour, sa.and_(*rows), frozen=False)
 
     def _forget(self, hour: datetime) -> None:
-        """Delete the sums of an hour's rows, but not the frozen ones."""
+        """Delete the sums of an hour's rows; the frozen ones stay."""
         hourly = self._tables.hourly
         is_it = self._dialect.moment(hourly.c.datetime) == self._dialect.bind_moment(hour)
         self._execute(sa.delete(hourly).where(is_it, hourly.c.frozen == sa.false()))
@@ -221,7 +232,14 @@ class Rollups:
     def _add_up(
         self, hour: datetime, rows: sa.ColumnElement[bool], *, frozen: bool, sign: int = 1
     ) -> None:
-        """Add the sums of some of an hour's rows, or take them away."""
+        """Add the sums of some of an hour's rows, or subtract them.
+
+        Args:
+            hour: Its start, aware UTC.
+            rows: Condition for the rows.
+            frozen: Which sums of the hour are changed.
+            sign: 1 to add, -1 to subtract.
+        """
         query = self._query.sums([rows], DIMENSIONS, None, self._bounds, visitors=False)
         found = query.subquery()
         dimensions, sums = [*found.c][: len(DIMENSIONS)], [*found.c][len(DIMENSIONS) :]
@@ -238,7 +256,7 @@ class Rollups:
         self._execute(sa.insert(self._tables.hourly).from_select(names, selected))
 
     def _days(self, since: datetime, until: datetime) -> list[datetime]:
-        """Return the days of a range that have sums."""
+        """Return the starts of the days of a range that have hourly sums."""
         query = Query(self._tables.hourly, self._dialect)
         conditions = query.conditions(Filter(since=since, until=until))
         found = self._execute(sa.select(query.period("day")).where(*conditions).distinct())
@@ -265,14 +283,14 @@ class Rollups:
         self._execute(sa.insert(daily).from_select(names, selected))
 
     def _bounds_id(self) -> int:
-        """Return what sums refer to the bounds by."""
+        """Return the id of the bounds in the upkeep table, where they are noted if need be."""
         upkeep = self._tables.upkeep
         rows = upkeep.c
         bounds = " ".join(map(repr, self._bounds))
-        known = sa.select(rows.id).where(rows.what == "bounds", rows.note == bounds)
+        known = sa.select(rows.id).where(rows.what == BOUNDS, rows.note == bounds)
         found = self._execute(known).scalar()
         if found is None:
-            self._execute(sa.insert(upkeep).values(what="bounds", note=bounds))
+            self._execute(sa.insert(upkeep).values(what=BOUNDS, note=bounds))
             found = self._execute(known).scalar_one()
         return int(found)
 
@@ -280,12 +298,7 @@ class Rollups:
         return self._connection.execute(statement)
 
 
-def lock_name(tables: RollupTables) -> str:
-    """Return the name of the lock that whoever changes sums holds."""
-    return tables.upkeep.name
-
-
 def _parsed(moment: Any) -> datetime:
-    """Return what `Dialect.moment` selects as aware UTC."""
+    """Return a time as `Dialect.moment` selects it, a text or naive, as aware UTC."""
     found: datetime = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
     return found.replace(tzinfo=timezone.utc)

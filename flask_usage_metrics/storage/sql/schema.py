@@ -1,10 +1,11 @@
-"""The tables of a SQL database: made, and upgraded in place, by whichever process comes first.
+"""The schema of a SQL storage: created, or upgraded in place, by whichever process comes first.
 
-A `Component` is some tables that go together, with a version that is raised whenever their
-description changes. What is lacking is found by looking at the tables, not by replaying the past:
-a table of flask-track-usage can be in several states. Which version was looked at last is noted in
-a table of its own, so that a process that starts need not look again. All of it is additive: a
-process of an older version goes on with what a newer one made, and leaves its version alone.
+A `Component` is a few tables that belong together, with a version that is raised whenever their
+description changes. What is missing is found by inspecting the tables, not by replaying migrations:
+a table of flask-track-usage can be in several states. The version last inspected is noted in a
+table of versions, so that the next process to start need not inspect again. Every change only adds
+or widens: a process of an older version works with the tables of a newer one, and leaves the noted
+version alone.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from flask_usage_metrics.storage.sql.table import INTEGER, KEY, Index
 
 @dataclass(frozen=True)
 class Component:
-    """Tables that are made and upgraded together.
+    """Tables that are created and upgraded together.
 
     Attributes:
-        name: Key of its version.
-        version: Raised when `tables` or their indexes change; from 1.
+        name: Its name in the table of versions.
+        version: From 1; raised when `tables` or `indexes` change.
         tables: As they should be; all columns but primary keys may be null.
-        indexes: Of these tables, beside the primary keys.
+        indexes: Of these tables, without the primary keys.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Step:
 
     Attributes:
         statement: The SQL.
-        changes: What it does, a line each.
+        changes: Its effects for a reader, a line each: ``"add the column usage.method as TEXT"``.
     """
 
     statement: str
@@ -51,11 +52,11 @@ class Step:
 
 
 class Schema:
-    """Some components, in the database of one storage.
+    """Creates and upgrades the components of one storage.
 
     Args:
         name: Name of the table of versions.
-        components: The first one's first table is what there has to be to read anything.
+        components: One at least. Without the first table of the first one there is nothing to read.
     """
 
     def __init__(self, name: str, components: Sequence[Component]) -> None:
@@ -71,17 +72,17 @@ class Schema:
     def ensure(
         self, dialect: Dialect, *, create: bool, trust: bool = True, wait_seconds: float
     ) -> bool:
-        """Make or upgrade the tables; return whether there are any.
+        """Create or upgrade the tables where that is needed; return whether they exist.
 
         Args:
-            dialect: The database.
-            create: Make the tables if there are none.
-            trust: Believe the noted versions.
-            wait_seconds: How long another process is waited for.
+            dialect: Of the database.
+            create: Create the tables if there are none.
+            trust: Whether to believe the noted versions; else the tables are inspected.
+            wait_seconds: Seconds to wait for another process that upgrades them.
 
         Raises:
-            StorageUnavailable: They cannot be made what they should be: the message says why.
-            TimeoutError: Another process has been at it for so long.
+            StorageUnavailable: A table cannot be upgraded; the message says why.
+            TimeoutError: Another process was not done in time.
             DBAPIError: See `Dialect.fault_of`.
         """
         with dialect.connect() as connection:
@@ -99,7 +100,7 @@ class Schema:
         return True
 
     def upgrade(self, dialect: Dialect, *, wait_seconds: float = BUSY_SECONDS) -> list[Step]:
-        """Make the tables what they should be, and return what was done; see `ensure`."""
+        """Create or upgrade the tables, under a lock, and return what was done; see `ensure`."""
         with (
             dialect.connect() as connection,
             dialect.lock(connection, self._versions.name, wait_seconds),
@@ -111,10 +112,10 @@ class Schema:
         return steps
 
     def plan(self, dialect: Dialect, connection: sa.Connection) -> list[Step]:
-        """Return what `upgrade` would do.
+        """Return what `upgrade` would do; nothing is changed.
 
         Raises:
-            StorageUnavailable: A table is in the way, or has columns nothing can be done about.
+            StorageUnavailable: A view has a table's name, or a column cannot be upgraded.
         """
         steps = list(self._steps(dialect, connection))
         if not sa.inspect(connection).has_table(self._versions.name, self._versions.schema):
@@ -126,10 +127,10 @@ class Schema:
     # -- versions -------------------------------------------------------------------------------
 
     def versions(self, connection: sa.Connection) -> dict[str, int]:
-        """Return the noted version of each component.
+        """Return the noted version of each component, by its name.
 
         Raises:
-            DBAPIError: There is no table of them, for one.
+            DBAPIError: Such as when there is no table of versions.
         """
         columns = self._versions.c
         rows = connection.execute(sa.select(columns.component, columns.version))
@@ -155,7 +156,7 @@ class Schema:
                 is_it = table.c.component == each.name
                 connection.execute(sa.update(table).where(is_it).values(values))
 
-    # -- what is lacking ------------------------------------------------------------------------
+    # -- inspection -----------------------------------------------------------------------------
 
     def _steps(self, dialect: Dialect, connection: sa.Connection) -> Iterator[Step]:
         for component in self.components:
@@ -188,7 +189,11 @@ def _changes(
     table: sa.Table,
     columns: Sequence[Mapping[str, Any]],
 ) -> Iterator[Step]:
-    """Yield how the columns of a table become what they should be."""
+    """Yield the steps that add missing columns and widen narrow ones.
+
+    Raises:
+        StorageUnavailable: A column cannot be upgraded.
+    """
     # MySQL and SQLite know no case in the names of columns.
     found = {column["name"].lower(): dict(column) for column in columns}
     for name, collation in dialect.collations(connection, table).items():
@@ -225,7 +230,7 @@ def _changes(
 def _in_the_way(
     dialect: Dialect, table: sa.Table, found: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Yield what nothing can be done about, with names of columns."""
+    """Yield what no step can mend, in words that name the column."""
     key = [column.name for column in table.primary_key]
     for name, column in found.items():
         ours = table.columns.get(name)

@@ -1,4 +1,4 @@
-"""Records in one table of a SQL database: what is the same in all of them."""
+"""The storage in one table of a SQL database: all that is the same in every database."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flask_usage_metrics.storage.sql.dialects import dialect_of, open_dialect
 from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect
 from flask_usage_metrics.storage.sql.query import FIELDS, Query
 from flask_usage_metrics.storage.sql.rollup_tables import RollupTables
-from flask_usage_metrics.storage.sql.rollups import Rollups, mark_erased, mark_late
+from flask_usage_metrics.storage.sql.rollups import Rollups, mark_dirty, mark_dirty_where
 from flask_usage_metrics.storage.sql.schema import Component, Schema, Step
 from flask_usage_metrics.storage.sql.summaries import Summarizer
 from flask_usage_metrics.storage.sql.table import (
@@ -32,17 +32,18 @@ from flask_usage_metrics.storage.sql.table import (
 )
 
 PAGE = 500
-"""Rows read at a time: 2.5 MB; 1 000 made reading 5 % faster, 100 slower by a quarter."""
+"""Rows read at a time: few enough for memory, enough for speed; see tests/benchmarks/README.md."""
 
 DELETED_AT_ONCE = 5_000
-"""Rows deleted, or looked through, in one transaction: writers wait for some 25 ms only."""
+"""Rows deleted, or looked through, in one transaction, for which writers wait."""
 
 VERSION = 1
-"""Of the records' table: to be raised when its columns or indexes change."""
+"""Version of the table of records; to be raised when its columns or indexes change."""
 
 _PATIENCE_SECONDS = 0.1
-"""How long upkeep waits for its turn, before it is put off: another process may be at it."""
+"""Seconds that maintenance waits for its lock; another process that has it does the work."""
 
+# Seconds until `maintain` is called again: with more to do, and with nothing left.
 _SOON_SECONDS = 0.05
 _LATER_SECONDS = 60.0
 
@@ -52,20 +53,18 @@ _T = TypeVar("_T")
 class SQLStorage(Storage):
     """A table of a SQL database, ``flask_usage``: SQLite, PostgreSQL, MariaDB, MySQL.
 
-    The table is made, or one of flask-track-usage upgraded, by the first write (an existing one
-    also by the first read). Nothing is opened before. Rows keep their place and are read by name.
-    A batch is one transaction, and of few statements. What differs between databases is in
-    `storage.dialects`.
+    The first write creates the table, or upgrades one of flask-track-usage; the first read upgrades
+    it, too, but creates none. Nothing is opened before. A batch is one transaction of few
+    statements. Methods may be called by any thread. Databases differ in `dialects` only.
 
-    The messages of what it raises hold no path, address, user or value.
+    Messages of exceptions hold no path, address, user or value.
 
     Args:
-        engine: An SQLAlchemy engine, which stays the caller's: `close` leaves it alone.
-        metadata: Where the table is to be described, such as for Alembic; None: nowhere.
+        engine: An SQLAlchemy engine, which stays the caller's: `close` does not dispose of it.
+        metadata: Where the table is described as well, such as for Alembic; None: nowhere else.
         table_name: Name of the table.
-        db: Instead of an engine, a Flask-SQLAlchemy object, or anything with ``engine``. It may
-            need an app context, which threads have not: then create the storage inside one, or
-            call `bind_app`.
+        db: Instead of an engine, a Flask-SQLAlchemy object, or anything with ``engine``. If it
+            tells its engine in an app context only, create the storage in one, or call `bind_app`.
         hooks: See `Writer`.
 
     Raises:
@@ -82,7 +81,7 @@ class SQLStorage(Storage):
         db: Any = None,
         hooks: Any = None,
     ) -> None:
-        """Keep the engine, and describe the table; the hooks are kept already."""
+        """Take the constructor's arguments; `Writer` has taken the hooks."""
         if engine is None and db is None:
             raise ConfigError("SQLStorage needs an engine or db, a Flask-SQLAlchemy object")
         self._table = describe(table_name, metadata)
@@ -100,10 +99,10 @@ class SQLStorage(Storage):
 
         Args:
             url: ``sqlite:///relative/file``, ``sqlite:////absolute/file``, or ``sqlite://`` for a
-                database in memory, gone with `close`; ``?timeout=5`` may follow, the seconds to
-                wait for a lock. A relative path is taken from the directory the process is in now.
+                database in memory, gone with `close`; with ``?timeout=5``, the seconds to wait for
+                a lock. A relative path is taken from the directory the process is in now.
                 ``postgresql://user:password@host/database``, or ``mysql://…`` or ``mariadb://…``;
-                a driver may be named, as in ``postgresql+psycopg://…``, and what it knows follow.
+                with a driver, as in ``postgresql+psycopg://…``, and options of the driver.
             table_name: Name of the table.
 
         Raises:
@@ -113,13 +112,13 @@ class SQLStorage(Storage):
         dialect = open_dialect(url)
         storage = cls(engine=dialect.engine, table_name=table_name)
         storage.database = Database(dialect, storage.database.schema, storage._taken)
-        # A storage that nobody closes gives its connections back all the same: since Python 3.13
-        # sqlite3 warns of each that is left. Not at exit, when the app's own handlers close it.
+        # A storage that nobody closes closes its connections when it is collected: sqlite3 warns of
+        # each that is not since Python 3.13. Not at exit, when the app's own handlers close it.
         finalize(storage, dialect.engine.dispose).atexit = False
         return storage
 
     def components(self) -> list[Component]:
-        """Return what there has to be in the database, the records' table first."""
+        """Return the tables the storage needs, that of the records first."""
         indexes = (record_index(self._table), time_index(self._table))
         return [
             Component("records", VERSION, (self._table,), indexes),
@@ -128,7 +127,7 @@ class SQLStorage(Storage):
 
     @property
     def identity(self) -> str:
-        """Database and table, without a password."""
+        """Database and table: ``"sql postgresql+psycopg://user:***@host/database flask_usage"``."""
         dialect = self.database.known
         url = "" if dialect is None else dialect.engine.url.render_as_string()
         return f"sql {url} {self._table.name}"
@@ -159,9 +158,9 @@ class SQLStorage(Storage):
         """Keep a batch in one transaction; records that are kept already stay as they are.
 
         Raises:
-            StorageUnavailable: The database cannot be reached or written now, or its table not be
-                made what it should be.
-            Exception: A record holds what the database cannot keep; nothing was written.
+            StorageUnavailable: The database cannot be reached or written now, or its tables cannot
+                be created or upgraded; nothing was written.
+            Exception: A record holds a value the database cannot keep; nothing was written.
         """
         if not batch:
             return
@@ -171,7 +170,7 @@ class SQLStorage(Storage):
 
         def insert(connection: sa.Connection) -> None:
             dialect.insert(connection, self._table, columns)
-            mark_late(self._sums, connection, moments, datetime.now(timezone.utc))
+            mark_dirty(self._sums, connection, moments, datetime.now(timezone.utc))
 
         self.database.run(insert, create=True, absent=None)
         if dialect.needs_checkpoint():
@@ -181,7 +180,7 @@ class SQLStorage(Storage):
     def select(self, wanted: Filter, order: Order, limit: int | None) -> Iterator[UsageRecord]:
         """Yield the wanted records by (started_at, id), page by page; no transaction stays open.
 
-        What is written meanwhile is yielded too if its turn is still to come.
+        A record written meanwhile is yielded too if it sorts after those yielded before.
         """
         query = self._query()
         page = whole = query.page(wanted, order)
@@ -213,7 +212,7 @@ class SQLStorage(Storage):
         *,
         visitors: bool = False,
     ) -> list[Summary]:
-        """Do the work of `summarize`, in the database."""
+        """Return what `summarize` does; the database adds up."""
         dialect = self.database.reach()
 
         def read(connection: sa.Connection) -> list[Summary]:
@@ -234,8 +233,8 @@ class SQLStorage(Storage):
     def prune(self, before: datetime) -> int:
         """Delete the records with ``started_at < before`` and return how many these were.
 
-        As `delete` does it, but what they come to is kept in the sums by hour and day, which are
-        brought up to date first.
+        In chunks like `delete`, but their hourly and daily sums stay; these are brought up to date
+        first. Blocks until all is done.
 
         Raises:
             StorageUnavailable: The database cannot be reached or written now.
@@ -246,7 +245,7 @@ class SQLStorage(Storage):
         total = 0
         while (deleted := self._prune_some(end, BUSY_SECONDS)) is not None:
             total += deleted
-            # SQLite's lock is not fair: without a pause writers that wait would get no turn.
+            # SQLite's lock is not fair: without a pause the writers that wait would get no turn.
             time.sleep(0.005)
         if total:
             self._finish_deleting()
@@ -255,13 +254,12 @@ class SQLStorage(Storage):
     def delete(self, wanted: Filter) -> int:
         """Delete the wanted records and return how many these were.
 
-        In chunks, each a transaction of its own: after a failure some may be deleted. What is
-        written meanwhile may stay.
+        In chunks, each a transaction of its own: after a failure some may be deleted. Records
+        written meanwhile may stay. Blocks until all is done.
 
-        In SQLite their bytes are gone, too (but see `dialects.sqlite`). In PostgreSQL they are so
-        once the table was vacuumed and the space used again, in MariaDB and MySQL once InnoDB
-        purged them and the space was used again; write-ahead logs, binary logs, replicas and
-        backups hold them for as long as they are kept.
+        SQLite overwrites their bytes at once (but see `dialects.sqlite`), PostgreSQL after a VACUUM
+        when the space is used again, MariaDB and MySQL after InnoDB's purge when the space is used
+        again. Write-ahead logs, binary logs, replicas and backups keep them.
 
         Raises:
             StorageUnavailable: The database cannot be reached or written now.
@@ -272,8 +270,8 @@ class SQLStorage(Storage):
         last = rows[0][0] if rows else None
         total, start = 0, -(2**63)
         while last is not None and start <= last:
-            # First only read, a part of the table by its primary key: no writer need wait for a
-            # part that holds none, and the transaction that deletes begins with a write.
+            # First only read a chunk of the primary key: no writer need wait for a chunk without
+            # doomed rows, and the transaction that deletes begins with a write.
             part = (
                 sa.select(key, sa.case((doomed, 1), else_=0).label("doomed"))
                 .where(key.between(start, last))
@@ -289,16 +287,16 @@ class SQLStorage(Storage):
             if found:
                 total += self._delete_some(sa.and_(key.between(start, end), doomed))
             start = end + 1
-        # Even if there was none: an earlier call may have been cut short.
+        # Even if there was none: an earlier call may have been interrupted before this.
         self._finish_deleting()
         return total
 
-    # -- upkeep ---------------------------------------------------------------------------------
+    # -- maintenance ----------------------------------------------------------------------------
 
     def maintain(self, keep: timedelta | None, now: datetime) -> float:
-        """Roll up an hour that is over, or prune some old records; see `Writer.maintain`.
+        """Roll up one hour, or prune some old records; see `Writer.maintain`.
 
-        One process at a time does so; the others come back later.
+        One process at a time does it, under a lock; the others return at once, for a minute later.
         """
         if self._change_sums(lambda rollups: rollups.advance(now), wait_seconds=_PATIENCE_SECONDS):
             return _SOON_SECONDS
@@ -318,7 +316,7 @@ class SQLStorage(Storage):
     def _change_sums(
         self, work: Callable[[Rollups], _T], *, wait_seconds: float = BUSY_SECONDS
     ) -> _T | None:
-        """Do something to the sums; see `Database.run_locked`."""
+        """Call a function with the `Rollups`, under their lock; see `Database.run_locked`."""
         dialect = self.database.reach()
         return self.database.run_locked(
             lambda connection: work(Rollups(self._sums, connection, dialect, self.bounds)),
@@ -332,32 +330,32 @@ class SQLStorage(Storage):
         """Return what `migrate` would do; nothing is changed.
 
         Raises:
-            StorageUnavailable: The database cannot be reached now, or its tables not be upgraded.
+            StorageUnavailable: The database cannot be reached, or its tables not be upgraded, now.
         """
-        if self.database.reach().place() == "absent":
-            # Connecting would make the file: what there is to do in any empty one is the same.
+        if self.database.reach().presence() == "absent":
+            # Connecting would create the file; the plan is that of any empty database.
             with closing(SQLStorage.from_url("sqlite://", table_name=self._table.name)) as empty:
                 return empty.database.plan()
         return self.database.plan()
 
     def migrate(self) -> list[Step]:
-        """Make the tables, or upgrade them, and return what was done.
+        """Create the tables, or upgrade them, and return what was done.
 
-        As the first write does it, but not trusting what versions were noted.
+        As the first write does, but without trust in the noted versions.
 
         Raises:
-            StorageUnavailable: The database cannot be reached now, or its tables not be upgraded.
+            StorageUnavailable: The database cannot be reached, or its tables not be upgraded, now.
         """
         return self.database.migrate()
 
     # -- deleting -------------------------------------------------------------------------------
 
     def _delete_some(self, condition: sa.ColumnElement[bool]) -> int:
-        """Delete rows in a transaction of its own."""
+        """Delete the rows of a condition in one transaction, and return their number."""
         dialect = self.database.reach()
 
         def delete(connection: sa.Connection) -> int:
-            mark_erased(self._sums, connection, dialect, condition)
+            mark_dirty_where(self._sums, connection, dialect, condition)
             return dialect.delete(connection, self._table, condition)
 
         deleted = self.database.run(delete, create=False, absent=0)

@@ -1,4 +1,4 @@
-"""Summaries from sums by hour and by day, as far as there are any, and from rows for the rest."""
+"""`summarize` in SQL: from the hourly and daily sums where they say it all, else from the rows."""
 
 from __future__ import annotations
 
@@ -29,35 +29,36 @@ from flask_usage_metrics.storage.sql.rollup_tables import (
 )
 
 
-class Piece(msgspec.Struct, frozen=True):
-    """A part of a range, and what is read for it.
+class Range(msgspec.Struct, frozen=True):
+    """A range of time, and the table that is read for it.
 
     Attributes:
-        source: Rows, or sums by hour or by day.
+        table: ``"records"`` (rows are added up), or ``"hourly"`` or ``"daily"`` (sums are).
         since: Start, included, aware UTC; None: from the first.
-        until: End, not included; None: to the last.
-        late: Hours, as `Dialect.period`, whose sums are not what the rows are. Rows are read of
-            these only, sums without what they say of these rows. Empty: there are none.
+        until: End, not included, aware UTC; None: to the last.
+        dirty_hours: Hours, as `Dialect.period` spells them, whose sums are stale. Of the records
+            only their rows are read, of the sums all but theirs (frozen sums are never stale).
+            Empty: all of the range is read.
     """
 
-    source: Literal["records", "hourly", "daily"]
+    table: Literal["records", "hourly", "daily"]
     since: datetime | None
     until: datetime | None
-    late: Sequence[str] = ()
+    dirty_hours: Sequence[str] = ()
 
 
 class Summarizer:
-    """Answers one question, in a transaction that reads.
+    """One call of `Storage.summarize`, within one transaction that only reads.
 
     Args:
         tables: The sums, and the records.
-        connection: In the transaction.
+        connection: In the transaction, where `Dialect.snapshot` was called.
         dialect: Of the database.
         wanted: Which records are meant.
-        fields: What is grouped by.
-        every: What else.
+        fields: Fields to group by.
+        every: Period to group by as well; None: none.
         bounds: Upper bounds of the latency buckets, in seconds, ascending.
-        visitors: Whether different visitors are counted, which no sums can tell.
+        visitors: Whether different visitors are counted, which takes rows.
     """
 
     def __init__(
@@ -82,12 +83,12 @@ class Summarizer:
         self._visitors = visitors
 
     def answer(self) -> list[Summary]:
-        """Do the work of `Storage.summarize`."""
-        pieces = self._divide()
+        """Return what `Storage.summarize` does, in its order."""
+        ranges = self._ranges()
         size = len(self._fields) + (self._every is not None)
         added: dict[tuple[Any, ...], list[Any]] = {}
-        for piece in pieces:
-            for row in self._read(piece):
+        for each in ranges:
+            for row in self._read(each):
                 key, numbers = tuple(row[:size]), row[size:]
                 if not numbers[0]:
                     # Without grouping there is a row even if there are no records.
@@ -100,7 +101,7 @@ class Summarizer:
                         None if one is None else one + other
                         for one, other in zip(sums, numbers, strict=True)
                     ]
-        rolled_up = pieces[0].source != "records"
+        rolled_up = ranges[0].table != "records"
         summaries = [self._summary(key, sums, rolled_up=rolled_up) for key, sums in added.items()]
         return sorted(summaries, key=summary_order)
 
@@ -119,13 +120,13 @@ class Summarizer:
             rolled_up=rolled_up,
         )
 
-    def _divide(self) -> list[Piece]:
-        """Return what to read, so that each request is in one piece.
+    def _ranges(self) -> list[Range]:
+        """Return what to read; each request is counted by exactly one range.
 
-        An hour that is meant in part only is read from its rows: what of it was pruned is missing.
+        An hour of which only a part is wanted is read from its rows: pruned ones are missing.
         """
         since, until = self._wanted.since, self._wanted.until
-        rows_only = [Piece("records", since, until)]
+        rows_only = [Range("records", since, until)]
         asked = {*self._fields, *self._wanted.any_of}
         if self._visitors or self._wanted.path_prefixes is not None or not asked <= {*DIMENSIONS}:
             return rows_only
@@ -140,37 +141,37 @@ class Summarizer:
         end = reached if last is None else min(last, reached)
         if first is not None and first >= end:
             return rows_only
-        late = self._tables.late(self._connection, end)
+        dirty = self._tables.dirty_hours(self._connection, end)
         if first is not None:
-            late = [hour for hour in late if hour >= spelled(first)]
-        if late:  # for the moment
-            pieces = [Piece("hourly", first, last, late), Piece("records", first, end, late)]
+            dirty = [hour for hour in dirty if hour >= spelled(first)]
+        if dirty:  # until they are rolled up again
+            ranges = [Range("hourly", first, last, dirty), Range("records", first, end, dirty)]
         else:
-            pieces = [*_whole_hours(first, last, end, self._every)]
+            ranges = [*_whole_hours(first, last, end, self._every)]
         if since is not None and first is not None and since < first:
-            pieces.append(Piece("records", since, first))
+            ranges.append(Range("records", since, first))
         if until is None or end < until:
-            pieces.append(Piece("records", end, until))
-        return pieces
+            ranges.append(Range("records", end, until))
+        return ranges
 
-    def _read(self, piece: Piece) -> Iterator[Sequence[Any]]:
-        """Yield rows as `Query.sums`, several of which may be of the same group."""
-        table = getattr(self._tables, piece.source)
+    def _read(self, wanted: Range) -> Iterator[Sequence[Any]]:
+        """Yield rows like those of `Query.sums`; several may be of the same group."""
+        table = getattr(self._tables, wanted.table)
         query = Query(table, self._dialect)
-        times = {"since": piece.since, "until": piece.until}
+        times = {"since": wanted.since, "until": wanted.until}
         conditions = query.conditions(msgspec.structs.replace(self._wanted, **times))
-        if piece.source == "records":
-            if piece.late:
-                conditions.append(self._dialect.any_of(query.period("hour"), piece.late))
+        if wanted.table == "records":
+            if wanted.dirty_hours:
+                conditions.append(self._dialect.any_of(query.period("hour"), wanted.dirty_hours))
             yield from self._connection.execute(
                 query.sums(
                     conditions, self._fields, self._every, self._bounds, visitors=self._visitors
                 )
             )
             return
-        if piece.late:
-            is_late = self._dialect.any_of(query.period("hour"), piece.late)
-            conditions.append(sa.or_(table.c.frozen == sa.true(), sa.not_(is_late)))
+        if wanted.dirty_hours:
+            is_dirty = self._dialect.any_of(query.period("hour"), wanted.dirty_hours)
+            conditions.append(sa.or_(table.c.frozen == sa.true(), sa.not_(is_dirty)))
         groups = [query.field(field) for field in self._fields]
         if self._every is not None:
             groups.insert(0, query.period(self._every))
@@ -182,39 +183,47 @@ class Summarizer:
             .where(*conditions)
             .group_by(*groups, table.c.bounds)
         )
-        places = {number: _places(theirs, self._bounds) for number, theirs in known.items()}
+        columns_of = {number: _columns_of(theirs, self._bounds) for number, theirs in known.items()}
         size = len(groups)
         start = size + 1 + len(SUMS)
         for row in self._connection.execute(selected):
             counts = row[start:]
-            at_most = [0 if place is None else counts[place] for place in places[row[size]]]
+            at_most = [0 if index is None else counts[index] for index in columns_of[row[size]]]
             yield (*row[:size], *row[size + 1 : start], None, *at_most)
 
 
 def _whole_hours(
     first: datetime | None, last: datetime | None, end: datetime, every: Every | None
-) -> Iterator[Piece]:
+) -> Iterator[Range]:
+    """Yield the ranges for whole hours: days where these do, else hours.
+
+    Args:
+        first: Start of the first hour; None: from the first there is.
+        last: End of the last hour; None: to the last there is.
+        end: End of the last wanted hour that is rolled up.
+        every: See `Summarizer`.
+    """
     # Beyond the hours that are rolled up there may be sums of rows that were pruned early: hence
     # to the last, not to the end.
     first_day = None if first is None else _rounded_up(first, "day")
     last_day = truncate(end, "day")
     if every == "hour" or (first_day is not None and first_day >= last_day):
-        yield Piece("hourly", first, last)
+        yield Range("hourly", first, last)
         return
     if first is not None and first_day is not None and first < first_day:
-        yield Piece("hourly", first, first_day)
-    yield Piece("daily", first_day, last_day)
+        yield Range("hourly", first, first_day)
+    yield Range("daily", first_day, last_day)
     if last is None or last_day < last:
-        yield Piece("hourly", last_day, last)
+        yield Range("hourly", last_day, last)
 
 
-def _places(known: Sequence[float], bounds: Sequence[float]) -> list[int | None]:
-    """Return for each bound the place of the greatest known one that is not above it."""
-    places: list[int | None] = []
+def _columns_of(known: Sequence[float], bounds: Sequence[float]) -> list[int | None]:
+    """Return for each bound the index of the greatest known one not above it; None: none is."""
+    indexes: list[int | None] = []
     for bound in bounds:
-        below = [place for place, one in enumerate(known) if one <= bound]
-        places.append(below[-1] if below else None)
-    return places
+        below = [index for index, one in enumerate(known) if one <= bound]
+        indexes.append(below[-1] if below else None)
+    return indexes
 
 
 def _rounded_up(moment: datetime, every: Literal["hour", "day"]) -> datetime:

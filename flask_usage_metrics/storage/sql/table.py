@@ -1,4 +1,4 @@
-"""The table ``flask_usage``: its columns, and a record as one of its rows."""
+"""The table of records, ``flask_usage``: its columns, and records as rows of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOMENT = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), *_MYSQL)
 # SQLite counts up only what is declared exactly so, and has 64 bits all the same.
 SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 MOST_KEY_CHARACTERS = 255
-"""Length of a text that an index is for: all MySQL can have in one, of four bytes each."""
+"""Most characters of a text that is indexed: the most MySQL takes, of four bytes each."""
 # In PostgreSQL texts are sorted as the database says, such as without regard to "-".
 KEY = (
     sa.Text()
@@ -90,7 +90,7 @@ COLUMNS: tuple[tuple[str, sa.types.TypeEngine[Any], str], ...] = (
 _FIELDS = UsageRecord.__struct_fields__
 _URL_FIELDS = ("scheme", "host", "root_path", "path", "query")
 _STEP = 128
-"""Rows that are handled before others may have the interpreter."""
+"""Rows between two points at which other threads may have the GIL."""
 
 _TEXT_CHARACTERS = len("2026-11-22 09:00:00.000001")
 
@@ -113,7 +113,14 @@ IF_NULL: dict[str, Any] = {
 
 
 class Index(NamedTuple):
-    """An index, described apart from its table, so that nobody else makes it, and otherwise."""
+    """An index; not part of its `sqlalchemy.Table`, or ``metadata.create_all`` would create it.
+
+    Attributes:
+        name: Its name.
+        table: Its table.
+        columns: Names of columns, in order.
+        unique: Whether it refuses duplicates.
+    """
 
     name: str
     table: sa.Table
@@ -122,17 +129,22 @@ class Index(NamedTuple):
 
 
 def time_index(table: sa.Table) -> Index:
-    """Return the index that pages are read by."""
+    """Return the index that records are read in order by."""
     return Index(f"ix_{table.name}_datetime", table, ("datetime", "record_id"))
 
 
 def record_index(table: sa.Table) -> Index:
-    """Return the index that tells duplicates."""
+    """Return the index that keeps a record from being stored twice."""
     return Index(f"ix_{table.name}_record_id", table, ("record_id",), unique=True)
 
 
 def describe(name: str, metadata: sa.MetaData | None) -> sa.Table:
-    """Return the table of that name, described in the metadata or in one of its own."""
+    """Return the description of the table.
+
+    Args:
+        name: Its name.
+        metadata: Where it is to be described; None: in metadata of its own.
+    """
     return sa.Table(
         name,
         sa.MetaData() if metadata is None else metadata,
@@ -143,13 +155,17 @@ def describe(name: str, metadata: sa.MetaData | None) -> sa.Table:
 
 
 Columns = list[Sequence[Any]]
-"""Rows by column: the values of each of `COLUMNS`, one a row."""
+"""A batch by column: for each of `COLUMNS` in order, its values, one a row."""
 
 
 def to_columns(batch: Sequence[UsageRecord]) -> Columns:
-    """Return records as rows, by column.
+    """Return a batch of records as `Columns`, converted to what databases take.
 
-    Whole columns are handled by functions in C: a third of what it costs row by row.
+    Times become texts, JSON objects texts, booleans integers. Hot path, so column by column, with
+    functions in C: see tests/benchmarks/README.md.
+
+    Args:
+        batch: One record at least.
 
     Raises:
         ValueError: A value cannot be kept.
@@ -169,13 +185,13 @@ def to_columns(batch: Sequence[UsageRecord]) -> Columns:
         raise ValueError("a duration is not finite")
     parts = zip(*map(fields.__getitem__, _URL_FIELDS), strict=True)
     fields["url"] = [
-        # As `UsageRecord.url`, at half of its cost.
+        # As `UsageRecord.url`, which costs more.
         f"{scheme}://{host}{root}{path}?{query}" if query else f"{scheme}://{host}{root}{path}"
         for step in pacer.steps(list(parts), _STEP)
         for scheme, host, root, path, query in step
     ]
     fields["started_at"] = _to_texts(fields["started_at"])
-    # A bool is looked up an adapter for by sqlite3.
+    # For a bool sqlite3 would look up an adapter.
     fields["authorization"] = [1 if given else 0 for given in fields["authorization"]]
     for field in ("view_args", "ip_info"):
         fields[field] = [
@@ -190,12 +206,12 @@ def to_columns(batch: Sequence[UsageRecord]) -> Columns:
 
 
 def to_record(key: int, url: str | None, fields: dict[str, Any]) -> UsageRecord:
-    """Return the record of a row; where one of flask-track-usage has no value, something apt.
+    """Return a row as a record; fields that a row of flask-track-usage lacks are derived.
 
     Args:
-        key: The primary key, of which an id is made if there is none.
-        url: The whole URL, if there is no scheme.
-        fields: The values by field of the record, as stored.
+        key: The primary key; the id is made of it if the row has no record id.
+        url: The whole URL, from which its parts are taken if there is no scheme; may be None.
+        fields: The stored values by field of the record; changed in place.
     """
     moment = fields["started_at"]
     if isinstance(moment, str):
@@ -213,7 +229,7 @@ def to_record(key: int, url: str | None, fields: dict[str, Any]) -> UsageRecord:
 
 
 def _object(text: str | None) -> dict[str, Any] | None:
-    """Parse a JSON object; flask-track-usage cut some in the middle: nothing is left of these."""
+    """Parse a JSON object; None if it is none, such as those flask-track-usage cut off."""
     if text is None:
         return None
     try:
@@ -224,7 +240,7 @@ def _object(text: str | None) -> dict[str, Any] | None:
 
 
 def _parts(url: str, path: str) -> dict[str, str]:
-    """Take apart the URL of an old row, so that put together again it is the same."""
+    """Split the URL of a row of flask-track-usage so that `UsageRecord.url` is the same again."""
     front, _, query = url.partition("?")
     try:
         parts = urlsplit(front)
@@ -239,13 +255,17 @@ def _parts(url: str, path: str) -> dict[str, str]:
 
 
 def to_text(moment: datetime) -> str:
-    """Return UTC as SQLAlchemy's DateTime stores it in SQLite; naive is taken as UTC."""
+    """Return a time as SQLAlchemy stores it in SQLite, in UTC; naive means UTC."""
     utc = as_utc(moment) or moment
     return utc.replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
 def _to_texts(moments: Sequence[datetime]) -> list[str]:
-    """Return what `to_text` would of each; the encoder in C makes a sixth of its cost."""
+    """Return `to_text` of each time, faster: by the JSON encoder, which is in C.
+
+    Raises:
+        ValueError: One is naive.
+    """
     # ["2026-11-22T09:00:00.000001Z","2026-11-22T09:00:00.000002Z"]
     texts = to_json(moments).decode()[2:-3].replace("T", " ").split('Z","')
     if len(texts) == len(moments) and set(map(len, texts)) == {_TEXT_CHARACTERS}:

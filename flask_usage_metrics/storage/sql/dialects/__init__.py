@@ -1,4 +1,4 @@
-"""The dialects of SQL: the one of an engine, or of a database URL; a database a module."""
+"""SQL dialects, a module each, and the choice of one by an engine or a database URL."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from flask_usage_metrics.storage.sql.dialects.base import Dialect
 
 
 def dialect_of(engine: Any) -> Dialect:
-    """Return the dialect of a caller's engine.
+    """Return the dialect for a caller's engine.
 
     Raises:
-        ConfigError: It is no engine, or of a database or driver that is not supported.
+        ConfigError: It is no engine, or its database or driver is not supported.
     """
     if not isinstance(engine, sa.Engine):
         hint = ": for a URL there is SQLStorage.from_url" if isinstance(engine, str) else ""
@@ -25,10 +25,11 @@ def dialect_of(engine: Any) -> Dialect:
 
 
 def open_dialect(url: str) -> Dialect:
-    """Return the dialect of a database URL, with an engine of its own.
+    """Return the dialect for a database URL, with an engine of its own; nothing is connected to.
 
     Raises:
-        ConfigError: The URL is wrong, or its driver is not installed; it is not repeated.
+        ConfigError: The URL is wrong, or its driver is not installed; the message does not repeat
+            it.
     """
     try:
         location = sa.make_url(url)
@@ -38,7 +39,7 @@ def open_dialect(url: str) -> Dialect:
             "or mysql://user:password@host/database"
         ) from None
     kind, _, driver = location.drivername.partition("+")
-    # Hosters still hand out what SQLAlchemy 1.4 ceased to take.
+    # Hosters still hand out this scheme, which SQLAlchemy dropped in 1.4.
     kind = "postgresql" if kind == "postgres" else kind
     found = _class_of(kind)
     driver = driver or next(iter(found.drivers))

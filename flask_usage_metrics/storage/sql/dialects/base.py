@@ -3,18 +3,18 @@
 The rest, in `SQLStorage`, `Schema` and `Query`, is written once for all of them. It relies on these
 promises, which the storage contract tests on each database:
 
-- **Times**: what `moment` returns compares with, and sorts as, what
-  `bind_moment` returns; microseconds are kept. What is read is a text or a naive datetime, UTC.
+- **Times**: the expression of `moment` compares with that of `bind_moment`, and sorts by time;
+  microseconds are kept. A time that is read is a text or a naive datetime, UTC.
 - **Periods** (`period`): the start of the hour, day or month as text, ``2026-11-22 09``,
-  ``2026-11-22`` or ``2026-11``: the same on all, sorting as time does, made without parameters
-  so that it can be grouped by; `period_start` makes it a datetime.
+  ``2026-11-22`` or ``2026-11``: the same in all databases, sorting by time. The expression has no
+  parameters, so that it can be grouped by. `period_start` makes a datetime of the text.
 - **Texts** are compared by their characters alone: case, accents and trailing spaces count.
-- **Null** sorts before everything, in `ascending` as in the index that `Schema` makes.
+- **Null** sorts before everything, in `ascending` and in the indexes that `Schema` creates.
 - **Locks** (`lock`): one process at a time is inside, in a transaction that is committed at the
   end, or rolled back by an exception. Nothing may be read or written on the connection before.
-- **Faults** (`fault_of`): what an exception of the database means to the caller.
+- **Faults** (`fault_of`): whether to try again after an exception of the database.
 
-An instance belongs to one storage in one process; it may remember what it likes.
+An instance belongs to one storage in one process, and may keep state.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from flask_usage_metrics.records.query import Every
 from flask_usage_metrics.storage.sql.table import Columns, Index
 
 BUSY_SECONDS = 5.0
-"""How long a lock is waited for."""
+"""Seconds to wait for a lock, unless a URL says otherwise."""
 
-Place = Literal["there", "absent", "replaced"]
+Presence = Literal["present", "absent", "replaced"]
+"""Of a database: absent means it has yet to be created, replaced that another one is there now."""
 
 
 class Fault(enum.Enum):
-    """What an exception of the database means."""
+    """What to do about an exception of the database."""
 
     UNAVAILABLE = "it may go away by itself: try again later"
     SCHEMA = "a table or column is not as expected: look at the schema, then once more"
@@ -49,21 +50,22 @@ class Fault(enum.Enum):
 
 
 class Dialect(ABC):
-    """What one kind of database does in its own way.
+    """One kind of database, in use by one storage.
 
     Args:
-        engine: Of that kind.
+        engine: Of that kind of database.
         owned: Whether the engine was made for this storage, and may be configured and disposed of.
 
     Attributes:
         name: Short name of the kind, the value of the label ``sink``.
+        drivers: What to ``pip install`` for each driver that works, by SQLAlchemy's name of the
+            driver. The first one is taken for a URL that names none.
         engine: The engine.
         owned: See above.
     """
 
     name: ClassVar[str]
     drivers: ClassVar[Mapping[str, str]]
-    """Drivers that work, the one taken if a URL names none first, and what to install for each."""
 
     def __init__(self, engine: sa.Engine, *, owned: bool = False) -> None:
         self.engine = engine
@@ -77,19 +79,19 @@ class Dialect(ABC):
         """Return a dialect with an engine of its own; nothing is connected to yet.
 
         Args:
-            location: With a driver of `drivers`, which is installed.
+            location: The URL; it names a driver of `drivers`, which is installed.
 
         Raises:
-            ConfigError: The URL lacks something, or holds what is not known; it is not repeated.
+            ConfigError: A part of the URL is missing or not known; the message does not repeat it.
         """
 
     def connect(self) -> sa.Connection:
         """Return a connection of the engine.
 
         Raises:
-            StorageUnavailable: The driver failed in a way of its own, such as at an option.
+            StorageUnavailable: The driver raised something of its own, such as for an option.
             DBAPIError: See `fault_of`.
-            OSError: As it comes.
+            OSError: The file cannot be opened, or the host cannot be reached.
         """
         try:
             return self.engine.connect()
@@ -100,48 +102,52 @@ class Dialect(ABC):
             raise StorageUnavailable(f"{self.name}: {reason}") from None
 
     def reset_after_fork(self) -> None:  # noqa: B027 - there may be nothing to do
-        """Forget what is known of, and shared with, the parent process."""
+        """Make locks anew, and forget the parent process's files; called in a forked child."""
 
     def guard(self) -> AbstractContextManager[Any]:
-        """Return what to be inside of whenever a connection is used."""
+        """Return a context manager, to be entered whenever a connection is used."""
         return nullcontext()
 
-    def place(self) -> Place:
-        """Tell, without connecting, whether there is a database at all, and still the same."""
-        return "there"
+    def presence(self) -> Presence:
+        """Tell, without connecting, whether the database exists, and is the one it was."""
+        return "present"
 
-    def make_place(self) -> None:  # noqa: B027 - there may be nothing to do
-        """Make where the database is to be, if it is absent and that can be done."""
+    def make_room(self) -> None:  # noqa: B027 - there may be nothing to do
+        """Make the folder of an absent database, if it has one.
+
+        Raises:
+            OSError: It cannot be made.
+        """
 
     def connected(self, connection: sa.Connection, *, create: bool) -> None:  # noqa: B027 - there may be nothing to do
-        """Do what is to be done before the schema is looked at.
+        """Configure the database on the first connection, before the schema is inspected.
 
         Args:
-            connection: A new one.
+            connection: Of this engine, new.
             create: Whether somebody is going to write.
         """
 
     def set_up(self) -> None:  # noqa: B027 - there may be nothing to do
-        """Note that the schema was found, or made, as it should be."""
+        """Note that the schema of the database is current; for `presence`."""
 
     @abstractmethod
     def lock(
         self, connection: sa.Connection, name: str, wait_seconds: float = BUSY_SECONDS
     ) -> AbstractContextManager[None]:
-        """Return a lock between processes, inside of which a transaction is open.
+        """Return a lock between processes; a transaction is open while it is held.
 
         Args:
             connection: Nothing was executed on it yet.
-            name: What is locked; another name may be waited for, too.
-            wait_seconds: Waited at most for the lock, and for locks of tables inside of it.
+            name: Name of the lock; a dialect may have the same lock for all names.
+            wait_seconds: Most seconds to wait for it, and for locks of tables while it is held.
 
         Raises:
-            TimeoutError: Somebody else has had it for so long.
+            TimeoutError: Another process held it for so long.
             DBAPIError: Likewise, or anything else; see `fault_of`.
         """
 
     def snapshot(self, connection: sa.Connection) -> None:  # noqa: B027 - it may be so anyway
-        """Have all that is read in the transaction be of one moment.
+        """Let all statements of the transaction read one and the same state.
 
         Args:
             connection: In a transaction in which nothing was read yet.
@@ -150,11 +156,11 @@ class Dialect(ABC):
     # -- the schema -----------------------------------------------------------------------------
 
     def create_table(self, table: sa.Table) -> str:
-        """Return the statement that makes a table."""
+        """Return the statement that creates a table, without its indexes."""
         return str(CreateTable(table).compile(dialect=self.engine.dialect)).strip()
 
     def create_index(self, index: Index) -> str:
-        """Return the statement that makes an index, in the order of `ascending`."""
+        """Return the statement that creates an index, in the order of `ascending`."""
         prepare = self.engine.dialect.identifier_preparer
         unique = "UNIQUE " if index.unique else ""
         columns = ", ".join(map(self.indexed, map(prepare.quote, index.columns)))
@@ -162,11 +168,20 @@ class Dialect(ABC):
         return f"CREATE {unique}INDEX {prepare.quote(index.name)} ON {table} ({columns})"
 
     def indexed(self, quoted_column: str) -> str:
-        """Return a column as it is in an index."""
+        """Return a column as a CREATE INDEX spells it.
+
+        Args:
+            quoted_column: Its name, quoted.
+        """
         return quoted_column
 
     def alter_table(self, table: sa.Table, clauses: Sequence[str]) -> list[str]:
-        """Return the statements for changes of a table: as few as there can be."""
+        """Return the statements that change a table: one, or one a clause.
+
+        Args:
+            table: The table.
+            clauses: Of `add_column` and `widen_column`; one at least.
+        """
         quoted = self.engine.dialect.identifier_preparer.format_table(table)
         return [f"ALTER TABLE {quoted} {', '.join(clauses)}"]
 
@@ -176,42 +191,47 @@ class Dialect(ABC):
 
     @abstractmethod
     def widen_column(self, column: sa.Column[Any]) -> str:
-        """Return the clause of an ALTER TABLE that gives a column its type."""
+        """Return the clause of an ALTER TABLE that gives an existing column its type."""
 
     def type_of(self, column: sa.Column[Any]) -> str:
-        """Return the type of a column as it is declared."""
+        """Return the type of a column as SQL declares it."""
         return column.type.compile(self.engine.dialect)
 
     @abstractmethod
     def is_narrow(self, column: sa.Column[Any], found: Mapping[str, Any]) -> bool:
-        """Tell whether a column of the same kind takes less than it should.
+        """Tell whether an existing column takes less than it should: shorter or fewer values.
 
         Args:
             column: As it should be.
-            found: As an `sqlalchemy.Inspector` tells it, and what `collations` told.
+            found: The existing one, of the same kind, as an `sqlalchemy.Inspector` describes it;
+                with ``"collation"`` if `collations` names one.
         """
 
     def collations(self, connection: sa.Connection, table: sa.Table) -> Mapping[str, str]:
-        """Return the names of the columns' collations, where these matter."""
+        """Return the collations of a table's columns by name; empty where they do not matter."""
         return {}
 
     def counts_up(self, column: Mapping[str, Any]) -> bool:
-        """Tell whether a primary key that was found is given to a row that names none."""
+        """Tell whether the database numbers rows by this primary key.
+
+        Args:
+            column: The existing one, as an `sqlalchemy.Inspector` describes it.
+        """
         return bool(column.get("autoincrement")) or "identity" in column
 
     # -- writing and deleting -------------------------------------------------------------------
 
     @abstractmethod
     def insert(self, connection: sa.Connection, table: sa.Table, columns: Columns) -> None:
-        """Insert rows of `sql_table.to_columns`; those whose record is there already stay.
+        """Insert rows; those whose record id exists already stay as they are.
 
         Args:
             connection: In a transaction, in which nothing may have been read yet.
-            table: Of `sql_table.describe`.
-            columns: Of one row at least.
+            table: Of `table.describe`.
+            columns: Of `table.to_columns`; one row at least.
 
         Raises:
-            ValueError: A value cannot be kept; nothing more is to be done in the transaction.
+            ValueError: A value cannot be kept; the transaction is to be rolled back.
             OverflowError: Likewise.
             TypeError: Likewise.
             DBAPIError: See `fault_of`.
@@ -225,7 +245,7 @@ class Dialect(ABC):
         Args:
             connection: In a transaction.
             table: Where from.
-            condition: Which rows.
+            condition: For the rows.
         """
         return connection.execute(sa.delete(table).where(condition)).rowcount
 
@@ -234,29 +254,29 @@ class Dialect(ABC):
         return False
 
     def checkpoint(self, connection: sa.Connection) -> None:  # noqa: B027 - there may be nothing to do
-        """Give back room that is not needed any more, without waiting long; best effort."""
+        """Shrink the write-ahead log, without waiting long; best effort."""
 
     def deleted(self, connection: sa.Connection) -> None:  # noqa: B027 - there may be nothing to do
-        """Do what is to be done after all was deleted that was to be; best effort."""
+        """Clear copies of deleted rows, such as in a log, after the last `delete`; best effort."""
 
     # -- expressions ----------------------------------------------------------------------------
 
     def moment(self, column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
-        """Return a time column as what compares with `bind_moment`."""
+        """Return the expression for a column of times; see above."""
         return column
 
     def bind_moment(self, moment: datetime) -> Any:
-        """Return a time, which is taken as UTC if it is naive, to compare a column with."""
+        """Return a time to compare `moment` with; naive means UTC."""
         if moment.tzinfo is not None:
             moment = moment.astimezone(timezone.utc)
         return moment.replace(tzinfo=None)
 
     @abstractmethod
     def period(self, moment: sa.ColumnElement[Any], every: Every) -> sa.ColumnElement[str]:
-        """Return the start of the hour, day or month a time lies in, as text; see above.
+        """Return the expression for the start of the hour, day or month of a time; see above.
 
         Args:
-            moment: As `moment` returns it.
+            moment: Of `moment`.
             every: ``"hour"``, ``"day"`` or ``"month"``.
         """
 
@@ -266,11 +286,11 @@ class Dialect(ABC):
     ) -> sa.ColumnElement[bool]:
         """Return the condition that an expression is one of any number of values.
 
-        It leaves the order of an index as it is.
+        The database can still read by an index on it, in its order.
 
         Args:
             expression: A text, or an integer.
-            values: One at least, all of that type, none null, each such that a record can have it.
+            values: One at least, all of that type, none None, each such that a record can have it.
         """
 
     def ascending(self, expression: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
@@ -285,18 +305,18 @@ class Dialect(ABC):
 
     @abstractmethod
     def fault_of(self, error: sa.exc.DBAPIError) -> Fault:
-        """Tell what an exception means."""
+        """Tell what to do about an exception."""
 
     @abstractmethod
     def reason(self, error: sa.exc.DBAPIError) -> str:
-        """Return what happened, without a value, a path, a host or a user's name."""
+        """Return the reason for a message, without a value, a path, a host or a user's name."""
 
     def distrusts(self, error: sa.exc.DBAPIError) -> bool:
-        """Tell whether all connections are to be opened anew after this."""
+        """Tell whether to open all connections anew after this, as the database may be another."""
         return False
 
     def _in_text(self, table: sa.Table) -> str:
-        """Return the name of a table as it is to be in `sqlalchemy.text`."""
+        """Return the name of a table, quoted for `sqlalchemy.text`."""
         name = self.engine.dialect.identifier_preparer.format_table(table)
         # Percent signs, which some drivers want doubled, are so by then; text() does it again.
         if self.engine.dialect.paramstyle in ("format", "pyformat"):
@@ -308,6 +328,6 @@ class Dialect(ABC):
 
 
 def period_start(text: str) -> datetime:
-    """Return the start of a `Dialect.period` as aware UTC."""
+    """Return the start of a period, as `Dialect.period` spells it, as aware UTC."""
     whole = {7: f"{text}-01", 13: f"{text}:00"}.get(len(text), text)
     return datetime.fromisoformat(whole).replace(tzinfo=timezone.utc)

@@ -1,4 +1,4 @@
-"""Rows as JSON texts, for the databases that take a batch as one parameter."""
+"""A batch as JSON texts, checked, for the databases that take it as one parameter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flask_usage_metrics.storage.sql.table import (
 )
 
 MOST_BYTES = 2_000_000
-"""What a text is divided at, unless it is one row: 512 rows of ordinary requests have 0.4 MB."""
+"""Most bytes of a JSON text of several rows; 512 ordinary ones have less than a quarter of it."""
 
 _from_json = msgspec.json.Decoder().decode
 
@@ -44,30 +44,30 @@ _Columns: Any = tuple.__class_getitem__(tuple(map(list.__class_getitem__, _KINDS
 
 
 def check(columns: Columns) -> None:
-    """Refuse what a database would refuse, or MySQL change without a word.
+    """Refuse values that a database would refuse, or that MySQL would change silently.
 
     Args:
-        columns: Of `sql_table.to_columns`.
+        columns: Of `table.to_columns`.
 
     Raises:
-        ValueError: A value is not of its column's kind, or out of its range; the column is named.
+        ValueError: A value is not of its column's type, or out of its range; the column is named.
     """
     try:
-        # All at once: what it makes of the type costs 50 µs each time.
+        # All columns at once: to prepare for a type is dear.
         msgspec.convert(columns, _Columns)
     except msgspec.ValidationError as error:
         raise ValueError(_named(str(error))) from None
 
 
 def divided(columns: Columns, shape: Callable[[Columns], Any]) -> Iterator[bytes]:
-    """Yield rows as JSON texts, divided where these would be too long.
+    """Yield a batch as JSON texts of `MOST_BYTES` at most, or of one row.
 
     Args:
         columns: Of one row at least.
-        shape: Returns what is to be a JSON text.
+        shape: Converts columns to the value that becomes a JSON text: rows, or an array a column.
 
     Raises:
-        ValueError: A text is no Unicode.
+        ValueError: A text holds a surrogate.
     """
     encoded = to_json(shape(columns))
     count = len(columns[0])
@@ -80,13 +80,13 @@ def divided(columns: Columns, shape: Callable[[Columns], Any]) -> Iterator[bytes
 
 
 def without_nul(batch: bytes) -> bytes:
-    """Return a JSON text whose texts hold no NUL."""
-    # A backslash before the escape may be one itself: then there was none.
+    """Return a JSON text without the NULs in its texts."""
+    # The escape may be an escaped backslash and u0000: then there is no NUL, and nothing changes.
     return to_json(texts.without_nul(_from_json(batch))) if b"\\u0000" in batch else batch
 
 
 def _named(message: str) -> str:
-    """Return msgspec's message, which holds no value, with the column instead of its position."""
-    what, _, place = message.partition(" - at `$[")
-    position = place.partition("]")[0]
+    """Return msgspec's message, which holds no value, with the column's name for its position."""
+    what, _, path = message.partition(" - at `$[")
+    position = path.partition("]")[0]
     return f"{COLUMNS[int(position)][0]}: {what}" if position.isdecimal() else what

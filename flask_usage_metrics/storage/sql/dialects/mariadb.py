@@ -1,4 +1,4 @@
-"""MariaDB and MySQL: a batch is one JSON parameter, too, and texts compare as they should."""
+"""MariaDB and MySQL: a batch is one JSON text, and texts compare by their characters."""
 
 from __future__ import annotations
 
@@ -61,13 +61,11 @@ _NOT_SUPPORTED = 1235
 
 
 class MariaDB(Dialect):
-    """Texts are LONGTEXT, compared by their characters alone, trailing spaces included.
+    """MariaDB since 10.6, MySQL since 8.0.4: for JSON_TABLE.
 
-    A batch is one statement with one JSON text: 11 µs of CPU a row in batches of 1000, all told,
-    where SQLAlchemy's insert() alone costs 46. MySQL has JSON_TABLE since 8.0.4, MariaDB since
-    10.6.
-
-    What is deleted leaves its bytes until InnoDB purged it, and until the space is used again.
+    Texts are LONGTEXT, compared by their characters alone, trailing spaces included. A batch is one
+    statement with one JSON text. Bytes of deleted rows stay until InnoDB purged them, and until the
+    space is used again.
     """
 
     name = "mysql"
@@ -111,7 +109,7 @@ class MariaDB(Dialect):
         except sa.exc.DBAPIError as error:
             if _code(error) != _NOT_SUPPORTED:
                 raise
-            got = 1  # a cluster has no such locks, and none of 120 that began at once failed
+            got = 1  # a cluster has no such locks, and does without
         if not got:
             raise TimeoutError("another process has the lock")
         try:
@@ -138,12 +136,12 @@ class MariaDB(Dialect):
         return super().alter_table(table, [*clauses, "ROW_FORMAT=DYNAMIC"])
 
     def widen_column(self, column: sa.Column[Any]) -> str:
-        """Return the clause; it says whether the column may be null, too."""
+        """Return the clause; MODIFY also has to say whether the column may be null."""
         serial = " NOT NULL AUTO_INCREMENT" if column.primary_key else ""
         return f"MODIFY {self._quoted(column)} {self.type_of(column)}{serial}"
 
     def type_of(self, column: sa.Column[Any]) -> str:
-        """Return the type, of a text with how it compares."""
+        """Return the type; that of a text names its collation."""
         kind = super().type_of(column)
         return f"{kind} {self._charset()}" if isinstance(column.type, sa.String) else kind
 
@@ -163,7 +161,7 @@ class MariaDB(Dialect):
         return isinstance(is_, mysql.FLOAT)
 
     def collations(self, connection: sa.Connection, table: sa.Table) -> Mapping[str, str]:
-        """Return how texts compare; the inspector does not tell what is the table's default."""
+        """Return the collations of texts; the inspector does not tell the table's default."""
         rows = connection.execute(
             sa.text(
                 "SELECT column_name, collation_name FROM information_schema.columns WHERE "
@@ -185,10 +183,7 @@ class MariaDB(Dialect):
     # -- writing --------------------------------------------------------------------------------
 
     def insert(self, connection: sa.Connection, table: sa.Table, columns: Columns) -> None:
-        """Insert rows as one JSON text, in hexadecimal digits.
-
-        What a driver would do to quote it costs 13 µs a row.
-        """
+        """Insert rows as one JSON text, in hexadecimal digits: a driver is slow to quote texts."""
         check(columns)
         in_use = self._in_use.with_rows(columns)
         names = tuple(compress(COLUMN_NAMES, in_use))
@@ -221,20 +216,20 @@ class MariaDB(Dialect):
     # -- expressions ----------------------------------------------------------------------------
 
     def period(self, moment: sa.ColumnElement[Any], every: Every) -> sa.ColumnElement[str]:
-        """Return the beginning of the time as text."""
+        """Return the first characters of the time as text."""
         length: Any = sa.literal_column(str(_PERIOD_CHARACTERS[every]))
         return sa.func.left(sa.cast(moment, sa.CHAR(26)), length)
 
     def any_of(
         self, expression: sa.ColumnElement[Any], values: Sequence[Any]
     ) -> sa.ColumnElement[bool]:
-        """Take the values as a list."""
+        """Return ``IN`` with a parameter a value."""
         return expression.in_(values)
 
     # -- errors ---------------------------------------------------------------------------------
 
     def fault_of(self, error: sa.exc.DBAPIError) -> Fault:
-        """Go by the number."""
+        """Go by the number of the error."""
         code = _code(error)
         if code in _SCHEMA:
             return Fault.SCHEMA

@@ -1,4 +1,4 @@
-"""PostgreSQL: a batch is one JSON parameter."""
+"""PostgreSQL: a batch is one JSON parameter, an array of values a column."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from flask_usage_metrics.storage.sql.dialects.json_batch import check, divided, 
 from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, Columns, to_json
 
 CONNECT_SECONDS = 10
-"""How long a server that does not answer is waited for; libpq would do so for minutes."""
+"""Seconds to wait for a server that does not answer; libpq would wait for minutes."""
 
 _FEW = 100
-"""Values that are given one by one: of these PostgreSQL can tell how many rows have them."""
+"""Most values that become a parameter each: of these PostgreSQL knows how many rows have them."""
 
 _PERIODS = {"hour": "YYYY-MM-DD HH24", "day": "YYYY-MM-DD", "month": "YYYY-MM"}
 
@@ -52,13 +52,10 @@ _PHRASES = (
 
 
 class PostgreSQL(Dialect):
-    """Types are strict, and a NUL is in no text: it is left out.
+    """PostgreSQL. A batch is one statement with one JSON parameter, an array of values a column.
 
-    A batch is one statement with one JSON parameter, an array a column: 4 µs of CPU a row in
-    batches of 512, and 12 of the server's. An object a row costs 6 and 17, COPY into a temporary
-    table 5 and 10; SQLAlchemy's insert() costs 30, and gives the GIL away once a row.
-
-    What is deleted leaves its bytes until a VACUUM, and until the space is used again.
+    No text can hold a NUL: it is left out. Bytes of deleted rows stay until a VACUUM, and until the
+    space is used again.
     """
 
     name = "postgresql"
@@ -97,7 +94,7 @@ class PostgreSQL(Dialect):
     ) -> Iterator[None]:
         """Take an advisory lock of the transaction.
 
-        ``CREATE TABLE IF NOT EXISTS`` alone failed in 105 of 120 processes that began at once.
+        ``CREATE TABLE IF NOT EXISTS`` alone fails in most of several processes that begin at once.
         """
         with connection.begin():
             timeout = str(int(wait_seconds * 1000))
@@ -112,17 +109,17 @@ class PostgreSQL(Dialect):
             yield
 
     def snapshot(self, connection: sa.Connection) -> None:
-        """Ask for what is not the default."""
+        """Set the isolation level, which by default lets each statement read a newer state."""
         connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
     # -- the schema -----------------------------------------------------------------------------
 
     def indexed(self, quoted_column: str) -> str:
-        """Put null where it is elsewhere."""
+        """Put null where other databases do."""
         return f"{quoted_column} NULLS FIRST"
 
     def widen_column(self, column: sa.Column[Any]) -> str:
-        """Return the clause; a text's rewrites no row, an integer's does."""
+        """Return the clause; to widen an integer rewrites all rows, to widen a text none."""
         return f"ALTER COLUMN {self._quoted(column)} TYPE {self.type_of(column)}"
 
     def is_narrow(self, column: sa.Column[Any], found: Mapping[str, Any]) -> bool:
@@ -145,7 +142,7 @@ class PostgreSQL(Dialect):
     # -- writing --------------------------------------------------------------------------------
 
     def insert(self, connection: sa.Connection, table: sa.Table, columns: Columns) -> None:
-        """Insert rows as one JSON parameter: an array of the values of each column."""
+        """Insert rows as one JSON parameter: an array of values a column."""
         check(columns)
         in_use = self._in_use.with_rows(columns)
         names = tuple(compress(COLUMN_NAMES, in_use))
@@ -179,13 +176,13 @@ class PostgreSQL(Dialect):
     # -- expressions ----------------------------------------------------------------------------
 
     def period(self, moment: sa.ColumnElement[Any], every: Every) -> sa.ColumnElement[str]:
-        """Return the time in a format."""
+        """Format the time."""
         return sa.func.to_char(moment, sa.literal_column(f"'{_PERIODS[every]}'"))
 
     def any_of(
         self, expression: sa.ColumnElement[Any], values: Sequence[Any]
     ) -> sa.ColumnElement[bool]:
-        """Take the values as a list; many as one parameter, not joined, or rows would be sorted."""
+        """Return ``IN``; for many values ``= ANY`` of one parameter: a join would sort all rows."""
         if len(values) <= _FEW:
             return expression.in_(values)
         listed: Any = sa.func.jsonb_array_elements_text(
@@ -196,11 +193,11 @@ class PostgreSQL(Dialect):
         return expression == sa.any_(sa.func.array(sa.select(listed).scalar_subquery()))
 
     def ascending(self, expression: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
-        """Put null where it is elsewhere."""
+        """Put null where other databases do."""
         return expression.asc().nulls_first()
 
     def descending(self, expression: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
-        """Put null where it is elsewhere."""
+        """Put null where other databases do."""
         return expression.desc().nulls_last()
 
     # -- errors ---------------------------------------------------------------------------------

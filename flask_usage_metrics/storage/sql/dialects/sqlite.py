@@ -1,4 +1,4 @@
-"""SQLite: a file, or memory; one writer at a time."""
+"""SQLite: a database in a file or in memory; one writer at a time."""
 
 from __future__ import annotations
 
@@ -17,43 +17,51 @@ from sqlalchemy.pool import QueuePool, StaticPool
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.records.query import Every
 from flask_usage_metrics.runtime.fork_gate import FORK_GATE
-from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect, Fault, Place
+from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect, Fault, Presence
 from flask_usage_metrics.storage.sql.dialects.columns_in_use import ParameterLayout
 from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, Columns, to_json, to_text
 
 WAL_BYTES = 64 * 1024 * 1024
-"""What is left of the write-ahead log after a checkpoint; without a limit it keeps its size."""
+"""Most bytes of the write-ahead log after a checkpoint; without a limit the file never shrinks."""
 
 _WRITES_A_LOOK = 32
-_RELIEF_MS = 1_000
+"""Batches between two looks at the size of the log."""
 
-# A datetime is stored as text, "2026-11-22 09:00:00.000001": so much of it names the period.
+_CHECKPOINT_MS = 1_000
+"""Most milliseconds that a checkpoint waits for readers."""
+
+# A time is stored as text, "2026-11-22 09:00:00.000001": its first characters name the period.
 _PERIOD_CHARACTERS = {"hour": 13, "day": 10, "month": 7}
 
-# A batch is inserted by statements of so many rows: powers of two, so that ten prepared
-# statements do for batches of all sizes (one for each size would be compiled ever again, at 8 µs
-# a row, and be kept at 2 to 5 kB a row). 512 rows have up to 20 992 parameters; SQLite takes
-# 32 766 of them since 3.32 (2020), and 999 before.
 _MOST_ROWS = 512 if sqlite3.sqlite_version_info >= (3, 32) else 16
+"""Most rows of one INSERT, and a power of two: ten prepared statements do for batches of all sizes.
+
+512 rows have up to 20 992 parameters; SQLite takes 32 766 since 3.32 (2020), and 999 before.
+"""
 
 _CACHED_STATEMENTS = 16
-"""These ten, and some to read by; sqlite3 would keep 128."""
+"""Prepared statements kept by a connection: these ten, and some to read by; sqlite3 keeps 128."""
 
 
 class SQLite(Dialect):
-    """Times are text; types hardly matter.
+    """SQLite. Times are texts; types of columns hardly matter.
 
-    An engine of our own has a write-ahead log, so that readers and one writer do not wait for each
-    other; a crash of the machine may lose the last transactions, but harms no others.
+    A file of ours has a write-ahead log, so that readers and one writer do not wait for each other;
+    a crash of the machine may lose the last transactions, but damages nothing.
 
-    A batch is plain INSERT statements of up to 512 rows each, whose shared values are parameters
-    once: 6 µs of CPU a row, where one JSON parameter taken apart with ``json_each`` cost 41, and
-    executemany gives the GIL away once a row, waiting up to 5 ms for it each time beside a busy
-    thread.
+    A batch is INSERT statements of up to 512 rows each, whose shared values are parameters once:
+    the quickest form there is, and one that keeps the GIL, which executemany gives away once a row
+    (see tests/benchmarks/README.md).
 
-    What is deleted is overwritten with zeros. SQLite may leave the copy of a row it moved
-    (measured: of 1 in 25 000) in an unused part of a page, and more of them where others wrote
-    without ``PRAGMA secure_delete``: only VACUUM takes these away.
+    Deleted rows are overwritten with zeros. SQLite may leave the copy of a few rows it moved in an
+    unused part of a page, and of more where others wrote without ``PRAGMA secure_delete``: only
+    VACUUM removes these.
+
+    Args:
+        engine: See `Dialect`.
+        owned: See `Dialect`.
+        file: The database's file, of an engine of our own; None: it is in memory, or the caller's.
+        timeout: Seconds to wait for a lock, as the connections of our engine do.
     """
 
     name = "sqlite"
@@ -101,7 +109,7 @@ class SQLite(Dialect):
             connect_args={
                 "timeout": timeout,
                 "check_same_thread": False,
-                # Each INSERT of 512 rows is kept at 1 or 2 MB, and no longer used after a change.
+                # An INSERT of 512 rows takes 1 or 2 MB, and is useless once the layout changed.
                 "cached_statements": _CACHED_STATEMENTS,
             },
             hide_parameters=True,
@@ -110,53 +118,52 @@ class SQLite(Dialect):
         return cls(engine, owned=True, file=file, timeout=timeout)
 
     def reset_after_fork(self) -> None:
-        """Forget which file it was, and who holds the lock."""
+        """Forget which file it was, and make the lock anew."""
         self._memory_lock = threading.RLock()
         self._identity: tuple[int, int] | None = None
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Keep forks away, and other threads from memory, which all share one connection to."""
+        """Keep forks away, and other threads from a database in memory: all share a connection."""
         in_memory = isinstance(self.engine.pool, StaticPool)
         with self._memory_lock if in_memory else nullcontext(), FORK_GATE.entered():
             yield
 
-    def place(self) -> Place:
-        """Look whether the file is there, and the one that was set up."""
+    def presence(self) -> Presence:
+        """Compare the file with the one that was set up, by device and inode."""
         if self._file is None:
-            return "there"
+            return "present"
         identity = _identity(self._file)
         if self._identity is not None and self._identity != identity:
-            # Deleted or replaced: connections to the old file would go on, into the void.
+            # Deleted or replaced: open connections would go on writing to the old file.
             self._identity = None
             return "replaced"
-        return "there" if identity else "absent"
+        return "present" if identity else "absent"
 
-    def make_place(self) -> None:
-        """Make the folder."""
+    def make_room(self) -> None:
+        """Make the folder of the file."""
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
 
     def connected(self, connection: sa.Connection, *, create: bool) -> None:
-        """Have a file of our own write ahead into a log."""
+        """Switch a file of our own to a write-ahead log, if somebody is going to write."""
         if not (create and self.owned and self._file is not None):
             return
         deadline = time.monotonic() + self._timeout
         while True:
             try:
-                # Only if need be: the switch wants the file for itself, even if it is done already.
+                # Only if need be: the switch locks everybody out, even if it was done before.
                 if connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
                     connection.exec_driver_sql("PRAGMA journal_mode=WAL").close()
                 return
             except sa.exc.OperationalError as error:
-                # It does not wait for locks by itself: of 120 processes that began on a new file
-                # at once, 3 to 4 failed; with this none of 320.
+                # The switch does not wait for locks by itself.
                 if not _says(error, "is locked", "busy") or time.monotonic() > deadline:
                     raise
             time.sleep(0.02)
 
     def set_up(self) -> None:
-        """Note which file it is."""
+        """Note the device and inode of the file."""
         if self._file is not None:
             self._identity = _identity(self._file)
 
@@ -164,7 +171,7 @@ class SQLite(Dialect):
     def lock(
         self, connection: sa.Connection, name: str, wait_seconds: float = BUSY_SECONDS
     ) -> Iterator[None]:
-        """Take the one lock for writing there is, and wait no longer than the connection does."""
+        """Take the lock for writing, the only one, and wait no longer than the connection does."""
         connection.begin()
         raw = connection.connection.dbapi_connection
         if raw is not None and raw.in_transaction:
@@ -190,7 +197,7 @@ class SQLite(Dialect):
         connection.commit()
 
     def snapshot(self, connection: sa.Connection) -> None:
-        """Begin, which sqlite3 puts off until something is written."""
+        """Begin a transaction, which sqlite3 puts off until something is written."""
         raw = connection.connection.dbapi_connection
         if raw is not None and not raw.in_transaction:
             connection.exec_driver_sql("BEGIN")
@@ -198,26 +205,29 @@ class SQLite(Dialect):
     # -- the schema -----------------------------------------------------------------------------
 
     def alter_table(self, table: sa.Table, clauses: Sequence[str]) -> list[str]:
-        """Return one statement a change: SQLite knows no other."""
+        """Return one statement a clause: SQLite takes no more."""
         quoted = self.engine.dialect.identifier_preparer.format_table(table)
         return [f"ALTER TABLE {quoted} {clause}" for clause in clauses]
 
     def widen_column(self, column: sa.Column[Any]) -> str:
-        """Nothing needs to be widened."""
+        """No column is narrow."""
         raise AssertionError(column.name)
 
     def is_narrow(self, column: sa.Column[Any], found: Mapping[str, Any]) -> bool:
-        """No column is: lengths are ignored."""
+        """Tell that no column is: SQLite ignores lengths."""
         return False
 
     def counts_up(self, column: Mapping[str, Any]) -> bool:
-        """Only what is declared as INTEGER does."""
+        """Only a column declared as INTEGER does."""
         return type(column["type"]) is sa.INTEGER
 
     # -- writing and deleting -------------------------------------------------------------------
 
     def insert(self, connection: sa.Connection, table: sa.Table, columns: Columns) -> None:
-        """Insert rows by few statements, of all columns that ever had a value."""
+        """Insert rows by few statements, which name the columns that ever had a value.
+
+        Hot path: see tests/benchmarks/README.md.
+        """
         if self._layout.learn(columns):
             self._inserts.clear()
         shared, own = self._layout.shared, self._layout.own
@@ -230,8 +240,8 @@ class SQLite(Dialect):
             while size > count - start:
                 size //= 2
             values: list[Any] = [None] * (size * len(own))
-            for place, position in enumerate(own):
-                values[place :: len(own)] = columns[position][start : start + size]
+            for offset, position in enumerate(own):
+                values[offset :: len(own)] = columns[position][start : start + size]
             if size not in self._inserts:
                 self._inserts[size] = self._insert(size, table)
             connection.exec_driver_sql(self._inserts[size], (*once, *values))
@@ -256,7 +266,7 @@ class SQLite(Dialect):
         table: sa.Table,
         condition: sa.ColumnElement[bool],
     ) -> int:
-        """Delete rows, and their bytes from the file."""
+        """Delete rows, and overwrite their bytes in the file."""
         before = connection.exec_driver_sql("PRAGMA secure_delete").scalar_one()
         connection.exec_driver_sql("PRAGMA secure_delete=ON").close()
         try:
@@ -269,7 +279,7 @@ class SQLite(Dialect):
     def needs_checkpoint(self) -> bool:
         """Look at the size of the log now and then.
 
-        Readers that take turns without a pause keep SQLite from beginning it anew: 0.9 GB seen.
+        Readers that overlap without a pause keep SQLite from starting it over: it would grow on.
         """
         self._writes += 1
         if self._file is None or self._writes % _WRITES_A_LOOK:
@@ -281,30 +291,30 @@ class SQLite(Dialect):
             return False
 
     def checkpoint(self, connection: sa.Connection) -> None:
-        """Empty the log: new readers do without it, and the old ones are waited for."""
+        """Empty the log, after waiting a second at most for those that read from it."""
         before = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
-        connection.exec_driver_sql(f"PRAGMA busy_timeout={_RELIEF_MS}").close()
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={_CHECKPOINT_MS}").close()
         try:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").close()
         finally:
             connection.exec_driver_sql(f"PRAGMA busy_timeout={before}").close()
 
     def deleted(self, connection: sa.Connection) -> None:
-        """Empty the log, which holds older pages; a reader is waited for as for a lock."""
+        """Empty the log, which holds older pages; wait for readers as for a lock."""
         connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").close()
 
     # -- expressions ----------------------------------------------------------------------------
 
     def moment(self, column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
-        """Return the text that is stored."""
+        """Return the column as the text that is stored."""
         return sa.type_coerce(column, sa.String)
 
     def bind_moment(self, moment: datetime) -> Any:
-        """Return the text that would be stored."""
+        """Return the time as the text that would be stored."""
         return to_text(moment)
 
     def period(self, moment: sa.ColumnElement[Any], every: Every) -> sa.ColumnElement[str]:
-        """Return the beginning of the text."""
+        """Return the first characters of the text."""
         return sa.func.substr(
             moment, sa.literal_column("1"), sa.literal_column(str(_PERIOD_CHARACTERS[every]))
         )
@@ -312,14 +322,14 @@ class SQLite(Dialect):
     def any_of(
         self, expression: sa.ColumnElement[Any], values: Sequence[Any]
     ) -> sa.ColumnElement[bool]:
-        """Take the values as one parameter: SQLite might not take as many."""
+        """Return ``IN`` of one JSON parameter: SQLite limits the number of parameters."""
         listed = sa.func.json_each(to_json(values).decode()).table_valued("value")
         return expression.in_(sa.select(listed.c.value))
 
     # -- errors ---------------------------------------------------------------------------------
 
     def fault_of(self, error: sa.exc.DBAPIError) -> Fault:
-        """Go by their texts: sqlite3 tells error codes only since Python 3.11."""
+        """Go by the text: sqlite3 tells error codes only since Python 3.11."""
         if isinstance(error, sa.exc.OperationalError):
             missing = _says(error, "no such table", "no such column", "no column")
             return Fault.SCHEMA if missing else Fault.UNAVAILABLE
@@ -334,17 +344,17 @@ class SQLite(Dialect):
         return str(error.orig)
 
     def distrusts(self, error: sa.exc.DBAPIError) -> bool:
-        """Have the file be opened anew, which may be repaired or replaced before the next time."""
+        """Distrust a file unless it is merely locked: it may be repaired or replaced meanwhile."""
         is_used = self._identity is not None and _is_locked(error)
         return self._file is not None and not is_used
 
 
 def _configure_connection(connection: sqlite3.Connection, _: Any) -> None:
-    # NORMAL is as safe as FULL against a crash of the process, and costs a third per small batch.
+    # NORMAL is as safe as FULL against a crash of the process, and quicker.
     connection.execute("PRAGMA synchronous=NORMAL").close()
     connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES}").close()
-    # For what is deleted, and at no cost also for what is inserted: SQLite moves rows to other
-    # pages, and without it left copies behind of 200 in 273 552 rows deleted later, with it of 20.
+    # Also while inserting, where it costs nothing: SQLite moves rows to other pages, and without it
+    # leaves more copies behind.
     connection.execute("PRAGMA secure_delete=ON").close()
 
 
