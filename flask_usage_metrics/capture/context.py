@@ -84,11 +84,11 @@ class RequestContext:
         """Call a function of the app with the request's span current; return its result."""
         return work(*arguments) if self._trace is None else self._trace.run(work, *arguments)
 
-    def learn(self, learned: Request, environ: WSGIEnvironment) -> None:
+    def learn(self, routed: Request, environ: WSGIEnvironment) -> None:
         """Find user and API client, once, and a span that was started meanwhile.
 
         Args:
-            learned: The routed request, whose context is alive; tracked.
+            routed: The routed request, whose context is alive; tracked.
             environ: Of the request.
         """
         users = self._reader.users
@@ -96,7 +96,7 @@ class RequestContext:
             self._asked_users = True
             self.username, self.consumer = users.ask()
         if self._trace is not None:
-            rule = learned.url_rule
+            rule = routed.url_rule
             self._trace.learn(environ, None if rule is None else rule.endpoint)
 
     def greet(self, environ: WSGIEnvironment, headers: Headers) -> None:

@@ -112,10 +112,10 @@ class Exchange:
         environ = self._environ
         if environ is not None:
             if "werkzeug.request" in environ:
-                learned = environ["werkzeug.request"]
+                routed = environ["werkzeug.request"]
                 # Werkzeug's test client leaves a request of another class there.
-                if isinstance(learned, Request):
-                    self._request = learned
+                if isinstance(routed, Request):
+                    self._request = routed
             if self._context is not None:
                 headers = self._inform(self._context, environ, headers)
         if exc_info is None:
@@ -129,12 +129,12 @@ class Exchange:
         self._sent += len(data)
         return self._write(data)
 
-    def learn(self, learned: Request) -> None:
+    def learn(self, routed: Request) -> None:
         """Keep the routed request, and find what needs its context; call while that is alive."""
-        self._request = learned
+        self._request = routed
         context, environ = self._context, self._environ
         if context is not None and environ is not None and self.is_tracked():
-            context.learn(learned, environ)
+            context.learn(routed, environ)
 
     def _inform(
         self, context: RequestContext, environ: WSGIEnvironment, headers: Headers
@@ -244,8 +244,8 @@ class Exchange:
         environ = self._environ
         if environ is None:
             return False
-        learned = self._request or environ.get("werkzeug.request")
-        rule = learned.url_rule if isinstance(learned, Request) else None
+        routed = self._request or environ.get("werkzeug.request")
+        rule = routed.url_rule if isinstance(routed, Request) else None
         return self._observer.scope.tracks(None if rule is None else rule.endpoint, environ)
 
     def fail(self, error: BaseException) -> None:
@@ -263,15 +263,15 @@ class Exchange:
         duration_ns = perf_counter_ns() - self._clock
         observer = self._observer
         try:
-            learned = self._request or observer.match(environ)
-            matched = None if learned is None else learned.url_rule
-            endpoint = None if matched is None else matched.endpoint
+            routed = self._request or observer.match(environ)
+            rule = None if routed is None else routed.url_rule
+            endpoint = None if rule is None else rule.endpoint
             scope = observer.scope
             # The set first: it saves a call.
             if endpoint in scope.tracked or scope.tracks(endpoint, environ):
                 view_args = extras = None
-                if learned is not None and learned.view_args:
-                    view_args = encode_json(learned.view_args)
+                if routed is not None and routed.view_args:
+                    view_args = encode_json(routed.view_args)
                     if len(view_args) > MAX_JSON_BYTES:
                         view_args = None
                         self._report_too_large("view_args")
@@ -282,14 +282,14 @@ class Exchange:
                     or TRACK_VAR in environ
                     or _PROXY_FIX in environ
                 ):
-                    extras = self._extras(environ, learned)
+                    extras = self._extras(environ, routed)
                 observer.submit(
                     Observation(
                         self._started_ns,
                         duration_ns,
                         environ_texts(environ, observer.headers),
                         endpoint,
-                        None if matched is None else matched.rule,
+                        None if rule is None else rule.rule,
                         view_args,
                         STATUSES[self._status],
                         self._sent,
@@ -304,11 +304,11 @@ class Exchange:
             # The environ refers to us: the cycle would live until the garbage collector runs.
             self._environ = self._request = None
 
-    def _extras(self, environ: WSGIEnvironment, learned: Request | None) -> Extras:
+    def _extras(self, environ: WSGIEnvironment, routed: Request | None) -> Extras:
         peer = username = consumer = track_var = visitor = trace = None
         authorization = False
-        if learned is not None and "HTTP_AUTHORIZATION" in environ:
-            authorization, username = self._observer.context_reader.users.authorized(learned)
+        if routed is not None and "HTTP_AUTHORIZATION" in environ:
+            authorization, username = self._observer.context_reader.users.authorized(routed)
         if self._context is not None:
             known = self._context
             consumer, visitor, trace = known.consumer, known.visitor, known.end_trace()

@@ -59,17 +59,17 @@ class Users:
             username = self._ask("username", _logged_in)
         return username, self._ask("consumer", self._consumer)
 
-    def authorized(self, learned: Request) -> tuple[bool, str | None]:
+    def authorized(self, request: Request) -> tuple[bool, str | None]:
         """Return whether a client authorised itself, and its name in Basic authentication or None.
 
         A name that looks like a token is replaced by `REDACTED`: some services take the API key as
         the user name.
 
         Args:
-            learned: The request, of which the Authorization header is parsed.
+            request: Its Authorization header is parsed.
         """
         try:
-            parsed = learned.authorization
+            parsed = request.authorization
         except ValueError:  # Werkzeug 3.1 raises it for a name that is not ASCII
             return False, None
         if parsed is None or parsed.type != "basic" or not parsed.username:
