@@ -21,7 +21,7 @@ from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.extension.settings import Settings
 from flask_usage_metrics.metrics.totals import Totals
-from flask_usage_metrics.pipeline.delivery.sink import Sink
+from flask_usage_metrics.pipeline.delivery.sink import Accepts, Sink
 from flask_usage_metrics.pipeline.worker import METRICS_SINK
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.key_files import find_key, make_key
@@ -69,18 +69,22 @@ def configure_storages(
 
 def make_sinks(
     writers: Sequence[Writer],
+    traces: Traces | None,
     totals: Totals,
     settings: Settings,
     *,
     idle_seconds: float,
     faults: Faults,
 ) -> list[Sink]:
-    """Return a sink for each storage, with a name that no other has."""
+    """Return a sink for each storage and one for the traces, with names that no other has."""
     days = settings.retention_days
     keep = None if days is None else timedelta(days=days)
     names = {METRICS_SINK}
     sinks = []
-    for writer in writers:
+    targets: list[tuple[Writer, Accepts | None]] = [(writer, None) for writer in writers]
+    if traces is not None:
+        targets.append((traces.writer, traces.accepts))
+    for writer, accepts in targets:
         name, number = writer.name, 1
         while name in names:
             number += 1
@@ -95,6 +99,7 @@ def make_sinks(
                 idle_seconds=2 * idle_seconds + settings.flush_seconds,
                 faults=faults,
                 keep=keep,
+                accepts=accepts,
             )
         )
     return sinks
@@ -168,10 +173,15 @@ def make_pseudonyms(app: Flask, totals: Totals, faults: Faults) -> Pseudonyms:
 
 
 class Traces(NamedTuple):
-    """What makes spans of one app's requests, and what ends and exports them."""
+    """The parts that start spans of one app's requests, and end and export them.
+
+    Attributes:
+        accepts: Tells which requests have a span that `writer` has to end.
+    """
 
     tracing: Tracing
     writer: Writer
+    accepts: Accepts
 
 
 def make_traces(
@@ -195,7 +205,7 @@ def make_traces(
         from flask_usage_metrics.traces.conventions import hints_of
         from flask_usage_metrics.traces.export import TraceExport
         from flask_usage_metrics.traces.live import LiveSpans, Tracing
-        from flask_usage_metrics.traces.writer import SpanWriter
+        from flask_usage_metrics.traces.writer import SpanWriter, has_own_span
     except ImportError:
         raise ConfigError(
             "opentelemetry is not installed: pip install 'flask-usage-metrics[otlp]'"
@@ -222,4 +232,4 @@ def make_traces(
         faults=faults,
     )
     writer = SpanWriter(export, live, user=settings.traces_enduser, version=version)
-    return Traces(tracing, writer)
+    return Traces(tracing, writer, has_own_span)

@@ -110,9 +110,8 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
     traces = make_traces(
         app, settings, given.tracer_provider, enricher, version=version, faults=faults
     )
-    to_write = writers if traces is None else [*writers, traces.writer]
     sinks = make_sinks(
-        to_write, collector.totals, settings, idle_seconds=IDLE_SECONDS, faults=faults
+        writers, traces, collector.totals, settings, idle_seconds=IDLE_SECONDS, faults=faults
     )
     # From the request to all of these.
     pipeline = Pipeline(
@@ -127,7 +126,6 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         enricher=enricher,
         tally=visitors.tally,
         totals=collector.totals,
-        spans=None if traces is None else sinks[-1],
         sinks=sinks,
         flush_seconds=settings.flush_seconds,
         idle_seconds=IDLE_SECONDS,

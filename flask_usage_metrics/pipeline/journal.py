@@ -64,6 +64,11 @@ class Journal:
         waiting = self._waiting
         return list(islice(iter(waiting.popleft, None), min(at_most, len(waiting))))
 
+    def waiting(self) -> list[Observation]:
+        """Return the observations that wait, oldest first; they stay. For any thread."""
+        # Of a copy, which is made at once: the worker may take some meanwhile.
+        return [observation for _, observation in self._waiting.copy()]
+
     def __len__(self) -> int:
         return len(self._waiting)
 

@@ -15,8 +15,9 @@ from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 from flask_usage_metrics.metrics.totals import CountedJournal, Totals
 from flask_usage_metrics.pipeline.checkpoints import Checkpoints, JournalEntry, JournalReader
-from flask_usage_metrics.pipeline.delivery.sink import Sink
+from flask_usage_metrics.pipeline.delivery.sink import Accepts, Sink
 from flask_usage_metrics.pipeline.journal import Journal
+from flask_usage_metrics.pipeline.losses import Losses
 from flask_usage_metrics.pipeline.worker_group import WorkerGroup
 from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.records.record import UsageRecord
@@ -55,7 +56,6 @@ class Pipeline:
         worker_group: Tells of the siblings, and what the dead among them left.
         enricher: Makes records of observations.
         tally: Where visitors are counted.
-        spans: What ends the spans of requests, one of the sinks; None: there are none.
         totals: Where records are counted.
         sinks: Where records go.
         flush_seconds: Seconds an observation waits for others to be processed with.
@@ -71,7 +71,6 @@ class Pipeline:
         worker_group: WorkerGroup,
         enricher: Enricher,
         tally: VisitorTally | None,
-        spans: Sink | None,
         totals: Totals,
         sinks: Sequence[Sink],
         flush_seconds: float,
@@ -83,7 +82,6 @@ class Pipeline:
         self._worker_group = worker_group
         self._enricher = enricher
         self._tally = tally
-        self._spans = spans
         self._totals = totals
         self._counters = totals.sink_counters(METRICS_SINK)
         self._sinks = sinks
@@ -91,13 +89,14 @@ class Pipeline:
         self._idle_seconds = idle_seconds
         self._inline = inline
         self._faults = faults
+        names: dict[str, Accepts | None] = {sink.name: sink.accepts for sink in sinks}
+        self._losses = Losses({METRICS_SINK: None, **names})
         self._start_anew()
 
     def _start_anew(self) -> None:
         self._lock = threading.Lock()
         self._unlocated: list[JournalEntry] = []
-        self._processing = 0
-        self._dropped = self._dropped_spans = self._lost = 0
+        self._processing: Sequence[JournalEntry] = ()
         self._has_begun = False
         self._is_shared = self._ends = False
         self._has_worker = self._is_urgent = True
@@ -117,6 +116,7 @@ class Pipeline:
         self._enricher.reset_after_fork()
         if self._tally is not None:
             self._tally.reset_after_fork()
+        self._losses.reset_after_fork()
         self._start_anew()
         for sink in self._sinks:
             sink.reset_after_fork()
@@ -158,7 +158,8 @@ class Pipeline:
         if not self._has_begun:  # it was closed
             self.begin(self._is_shared, self._ends)
         if not self._journal.append(observation):
-            self._drop(observation)
+            self._losses.drop(observation)
+            self._faults.report("journal", "no room", "a request was not counted")
         # Order matters: the worker clears the flag first and looks into the journal after that.
         if not self._awake and self._has_worker:
             self._rouse()
@@ -170,14 +171,7 @@ class Pipeline:
 
     def lose(self) -> None:
         """Count a request that no observation could be made of."""
-        with self._short:
-            self._lost += 1
-
-    def _drop(self, observation: Observation) -> None:
-        with self._short:
-            self._dropped += 1
-            self._dropped_spans += self._has_span(observation)
-        self._faults.report("journal", "no room", "a request was not counted")
+        self._losses.fail(None)
 
     def _rouse(self) -> None:
         with self._short:
@@ -286,39 +280,36 @@ class Pipeline:
 
     def _process_chunk(self, entries: Sequence[JournalEntry], rest: Sequence[JournalEntry]) -> None:
         """Process entries of one reader, all of them counted before or none."""
-        self._processing = len(entries)
+        self._processing = entries
         reader, is_counted = entries[0].reader, entries[0].is_counted
         records: list[UsageRecord] = []
-        traced: list[UsageRecord] = []
         sampled: set[str] = set()
-        acked: list[int] = []
-        failed = failed_spans = 0
+        unlocated: list[JournalEntry] = []
+        failed: list[JournalEntry] = []
         stamped = chain.from_iterable(map(self._stamped, _groups(entries, _STAMPED)))
         for entry, seen, (record_id, started_at) in self._yielding(stamped):
             try:
                 record = self._enricher.enrich(seen, reader.origin, record_id, started_at)
             except Exception as error:  # noqa: BLE001 - one poisonous request among others
                 self._faults.report("enrichment", error, "a request was not counted")
-                failed += 1
-                failed_spans += self._has_span(seen)
+                failed.append(entry)
             else:
                 if record is None:
-                    self._unlocated.append(entry)
+                    unlocated.append(entry)
                     continue
                 records.append(record)
                 if seen.extras is not None:
                     trace = seen.extras.trace
                     if trace is not None and trace.is_sampled:
                         sampled.add(record_id)
-                        if trace.is_own and self._spans is not None:
-                            traced.append(record)
-            acked.append(entry.sequence)
-        with self._short:
-            dropped, self._dropped = self._dropped, 0
-            dropped_spans, self._dropped_spans = self._dropped_spans, 0
-            failed, self._lost = failed + self._lost, 0
+        self._unlocated += unlocated
+        located = _without(entries, unlocated)
+        recorded = _without(located, failed)
+        sequences = [entry.sequence for entry in located]
+        for entry in failed:
+            self._losses.fail(entry.seen)
         if not is_counted:
-            self._count(reader, acked, records, sampled)
+            self._count(reader, sequences, records, sampled)
         if self._tally is not None:
             self._tally.add(
                 (record.started_at.timestamp(), record.visitor)
@@ -326,27 +317,31 @@ class Pipeline:
                 if record.visitor is not None
             )
         written = 0 if is_counted else len(records)
-        self._counters.add(written=written, dropped=dropped, failed=failed)
+        lost = self._losses.take()
+        uncounted = lost[METRICS_SINK]
+        self._counters.add(written=written, dropped=uncounted.dropped, failed=uncounted.failed)
         for sink in self._sinks:
-            if sink is self._spans:
-                sink.put(traced, dropped=dropped_spans, failed=failed_spans)
-            else:
-                sink.put(records, dropped=dropped, failed=failed)
-        self._checkpoints.note(reader, acked, (*self._unlocated, *rest))
-        self._processing = 0
+            accepts, unrecorded = sink.accepts, lost[sink.name]
+            accepted = records
+            if accepts is not None:
+                pairs = zip(recorded, records, strict=True)
+                accepted = [record for entry, record in pairs if accepts(entry.seen)]
+            sink.put(accepted, dropped=unrecorded.dropped, failed=unrecorded.failed)
+        self._checkpoints.note(reader, sequences, (*self._unlocated, *rest))
+        self._processing = ()
 
     def _count(
         self,
         reader: JournalReader,
-        acked: Sequence[int],
+        sequences: Sequence[int],
         records: Sequence[UsageRecord],
         sampled: Collection[str],
     ) -> None:
         """Add records to the totals; their journal is told before which ones it is about."""
         commits: dict[CountedJournal, int] = {}
-        if reader.file is not None and acked:
+        if reader.file is not None and sequences:
             reader.commit += 1
-            reader.file.mark(acked, reader.commit)
+            reader.file.mark(sequences, reader.commit)
             commits[reader.file] = reader.commit
         self._totals.add(self._yielding(records), commits, sampled)
 
@@ -371,10 +366,6 @@ class Pipeline:
                 if not self._journal.is_filling():
                     release_gil()
                 until = perf_counter() + _STEP_SECONDS
-
-    def _has_span(self, seen: Observation) -> bool:
-        trace = None if seen.extras is None else seen.extras.trace
-        return self._spans is not None and bool(trace and trace.is_own and trace.is_sampled)
 
     # ------------------------------------------------------------------------ for others
 
@@ -442,12 +433,20 @@ class Pipeline:
 
     def pending(self) -> dict[str, int]:
         """Return, for each sink, how many captured requests are not acked."""
-        buffered = len(self._journal) + len(self._unlocated) + self._processing
-        buffered += self._dropped + self._lost
-        pending = {METRICS_SINK: buffered}
+        losses = self._losses
+        buffered = len(self._journal) + len(self._unlocated) + len(self._processing)
+        pending = {METRICS_SINK: buffered + losses.pending(METRICS_SINK)}
         for sink in self._sinks:
-            pending[sink.name] = buffered + sink.pending()
+            accepts = sink.accepts
+            accepted = buffered
+            if accepts is not None and buffered:
+                accepted = sum(map(accepts, self._buffered()))
+            pending[sink.name] = accepted + losses.pending(sink.name) + sink.pending()
         return pending
+
+    def _buffered(self) -> list[Observation]:
+        entries = (*self._unlocated, *self._processing)
+        return [*self._journal.waiting(), *(entry.seen for entry in entries)]
 
     def up(self) -> dict[str, bool]:
         """Return whether each sink's last write went well."""
@@ -457,6 +456,15 @@ class Pipeline:
         """Return whether what is captured survives a kill, as far as is known yet."""
         file = self._journal.file
         return not self._has_begun or (file is not None and file.is_there())
+
+
+def _without(
+    entries: Sequence[JournalEntry], others: Sequence[JournalEntry]
+) -> Sequence[JournalEntry]:
+    if not others:
+        return entries
+    left_out = set(others)
+    return [entry for entry in entries if entry not in left_out]
 
 
 def _groups(entries: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

@@ -12,6 +12,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 
 from flask_usage_metrics.errors import RecordsRejected, StorageUnavailable
+from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.storage import Writer
 from flask_usage_metrics.traces.conventions import SCHEMA_URL, attributes_of, is_error, name_of
@@ -29,6 +30,12 @@ _FACTOR = 4
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MICROSECOND = timedelta(microseconds=1)
+
+
+def has_own_span(observation: Observation) -> bool:
+    """Tell whether a request has a span that is ours to end, and sampled."""
+    trace = None if observation.extras is None else observation.extras.trace
+    return trace is not None and trace.is_own and trace.is_sampled
 
 
 class SpanWriter(Writer):

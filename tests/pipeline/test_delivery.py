@@ -22,6 +22,7 @@ from helpers.front_door import Site
 from flask_usage_metrics import StorageUnavailable, UsageRecord
 from flask_usage_metrics.extension import wiring
 from flask_usage_metrics.pipeline import worker as pipeline
+from flask_usage_metrics.pipeline.delivery.sink import Sink
 from flask_usage_metrics.storage import Writer
 
 
@@ -181,6 +182,74 @@ def test_an_observation_nobody_thought_of_is_counted_as_failed(
     visit(site, 3)
     assert site.usage.flush()
     assert site.account("kept") == site.account("metrics") == counts(3, failed=2)
+
+
+def make_site_with_two_sinks(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[Site, Kept, Kept]:
+    """Make a site with a sink for all requests, and one that accepts those of /some only."""
+
+    def make(*arguments: Any, **named: Any) -> list[Sink]:
+        made = make_sinks(*arguments, **named)
+        made[1].accepts = lambda observation: "/some" in observation.environ
+        return made
+
+    make_sinks = wiring.make_sinks
+    monkeypatch.setattr(wiring, "make_sinks", make)
+    every, some = Kept(), Kept()
+    every.name, some.name = "every", "some"
+    return make_site([every, some], **options), every, some
+
+
+def test_a_sink_accounts_for_what_it_accepts_and_nothing_else(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = threading.Event()
+
+    def country(_address: str) -> str:
+        known.wait(60)
+        return "NL"
+
+    site, every, some = make_site_with_two_sinks(
+        make_site, monkeypatch, country=country, BUFFER_RECORDS=10, FLUSH_SECONDS=60
+    )
+    visit(site, 3, "/other")
+    visit(site, 2, "/some")
+    pending = site.app.extensions["track_usage"].pending
+    assert pending() == {"metrics": 5, "every": 5, "some": 2}  # in the journal
+    assert site.account("every") == counts(0, pending=5)  # and waiting for their country
+    assert site.account("some") == counts(0, pending=2)
+    visit(site, 8, "/some")
+    visit(site, 5, "/other")  # for three of them there is no room
+    visit(site, 4, "/some")  # nor for any of these
+    assert pending() == {"metrics": 22, "every": 22, "some": 14}
+    known.set()
+    assert site.usage.flush()
+    assert site.account("every") == site.account("metrics") == counts(15, dropped=7)
+    assert site.account("some") == counts(10, dropped=4)
+    assert len(every.records) == 15
+    assert [record.path for record in some.records] == ["/some"] * 10
+
+
+def test_a_sink_counts_only_failures_of_what_it_accepts(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, every, some = make_site_with_two_sinks(make_site, monkeypatch)
+    for path in ("/some", "/other"):
+        with monkeypatch.context() as broken:
+            broken.setattr("flask_usage_metrics.enrich.enricher.UsageRecord", None)
+            visit(site, 2, path)
+            site.scrape()
+        with monkeypatch.context() as broken:
+            broken.setattr("flask_usage_metrics.capture.exchange.Observation", None)
+            visit(site, 1, path)
+    visit(site, 3, "/some")
+    visit(site, 3, "/other")
+    assert site.usage.flush()
+    assert site.account("every") == site.account("metrics") == counts(6, failed=6)
+    # Of a request that not even an observation was made of nobody knows whether it is accepted.
+    assert site.account("some") == counts(3, failed=2)
+    assert (len(every.records), len(some.records)) == (6, 3)
 
 
 def test_a_list_writes_to_all(make_site: Callable[..., Site], tmp_path: Path) -> None:
@@ -473,7 +542,7 @@ def test_the_worker_gives_the_interpreter_away_unless_too_much_waits(
     monkeypatch.setattr(pipeline, "_STEP_SECONDS", 0.0)
     monkeypatch.setattr(pipeline, "_STEP_ITEMS", 4)
     monkeypatch.setattr(pipeline, "_CHUNK", 10)
-    monkeypatch.setattr(pipeline, "pause", lambda: pauses.append(0.0))
+    monkeypatch.setattr(pipeline, "release_gil", lambda: pauses.append(0.0))
     site = make_site(FLUSH_SECONDS=1000, BUFFER_RECORDS=buffer)
     visit(site, 95)
     assert len(site.records()) == 95

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from math import inf
 from time import monotonic
@@ -13,6 +13,7 @@ from flask_usage_metrics.errors import RecordsRejected, StorageUnavailable
 from flask_usage_metrics.metrics.sink_counters import SinkCounters
 from flask_usage_metrics.pipeline.delivery.queue import SinkQueue
 from flask_usage_metrics.pipeline.delivery.spool import Spool
+from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.storage import Writer
@@ -35,6 +36,10 @@ _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 30.0
 _CLOSE_SECONDS = 1.0
 
+Accepts = Callable[[Observation], bool]
+"""Tells whether a sink takes the record of a request; for any thread. It neither raises nor blocks,
+and says the same each time it is asked of an observation, also in another process."""
+
 
 class Sink:
     """Takes records, and writes them to a storage from a thread of its own.
@@ -50,6 +55,8 @@ class Sink:
         faults: Where failures are reported.
         spool: Where records wait while the storage is down; None: in memory only.
         keep: How long the storage keeps records; None: for ever.
+        accepts: Which records the sink is given, and has to account for: one request is captured,
+            written, dropped, failed or pending here only if this is true of it. None: all.
 
     Attributes:
         up: Whether the last write went well.
@@ -65,8 +72,10 @@ class Sink:
         faults: Faults,
         spool: Spool | None = None,
         keep: timedelta | None = None,
+        accepts: Accepts | None = None,
     ) -> None:
         self.storage = storage
+        self.accepts = accepts
         self._keep = keep
         self._idle_seconds = idle_seconds
         self._counters = counters
