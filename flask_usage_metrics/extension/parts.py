@@ -22,7 +22,7 @@ from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.extension.settings import Settings
 from flask_usage_metrics.metrics.totals import Totals
 from flask_usage_metrics.pipeline.delivery.sink import Accepts, Sink
-from flask_usage_metrics.pipeline.worker import METRICS_SINK
+from flask_usage_metrics.pipeline.processing import METRICS_SINK
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.key_files import find_key, make_key
 from flask_usage_metrics.runtime.private_files import StateUnavailable

@@ -12,7 +12,7 @@ from flask_usage_metrics.capture.middleware import Middleware
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 from flask_usage_metrics.extension.parts import Traces
 from flask_usage_metrics.metrics.exposition.view import Exposition
-from flask_usage_metrics.pipeline.worker import Pipeline
+from flask_usage_metrics.pipeline.pipeline import Pipeline
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.storage import Storage, Writer
 

@@ -34,7 +34,8 @@ from flask_usage_metrics.extension.tracking import Tracking, keep, package_versi
 from flask_usage_metrics.metrics.exposition.collector import collector_of
 from flask_usage_metrics.metrics.exposition.view import Exposition
 from flask_usage_metrics.pipeline.journal import Journal
-from flask_usage_metrics.pipeline.worker import Pipeline
+from flask_usage_metrics.pipeline.pipeline import Pipeline
+from flask_usage_metrics.pipeline.processing import Processor
 from flask_usage_metrics.pipeline.worker_group import WorkerGroup
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
@@ -114,8 +115,9 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         writers, traces, collector.totals, settings, idle_seconds=IDLE_SECONDS, faults=faults
     )
     # From the request to all of these.
-    pipeline = Pipeline(
-        journal=Journal(settings.buffer_records),
+    journal = Journal(settings.buffer_records)
+    processor = Processor(
+        journal=journal,
         worker_group=WorkerGroup(
             collector.totals.state,
             key,
@@ -126,6 +128,12 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         enricher=enricher,
         tally=visitors.tally,
         totals=collector.totals,
+        sinks=sinks,
+        faults=faults,
+    )
+    pipeline = Pipeline(
+        journal=journal,
+        processor=processor,
         sinks=sinks,
         flush_seconds=settings.flush_seconds,
         idle_seconds=IDLE_SECONDS,
@@ -192,7 +200,7 @@ def _start(pipeline: Pipeline) -> Callable[[bool, bool], Callable[[], None] | No
         # So late, for exit handlers run in reverse order: ours has to come before that of a
         # tracer provider, which the app has made by now.
         _at_exit(pipeline)
-        return pipeline.begin(multiprocess, ends)
+        return pipeline.start(multiprocess, ends)
 
     return start
 

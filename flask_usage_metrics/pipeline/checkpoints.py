@@ -1,4 +1,4 @@
-"""What of the journals may be given back: what is counted, and acked by every sink."""
+"""Checkpoints: a journal entry may go once it is counted, and every sink has it safe or lost it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from flask_usage_metrics.records.observation import Observation, Origin
 
 
 class JournalReader(msgspec.Struct, eq=False):
-    """Observations of one process: of this one, or of a dead one whose journal was recovered.
+    """How far one journal is processed: that of this process, or of a dead one, recovered.
 
     Attributes:
-        origin: Who captured them.
-        file: Where they are kept until they are durable.
-        commit: Number of the last commit that counted some of them.
-        last: Sequence of the last one that was taken.
+        origin: The process that captured what is in it.
+        file: Where the entries are kept until they are durable; None: nowhere.
+        commit: Number of the last commit to the totals that counted some of them.
+        last: Sequence number of the last entry that was handed to the sinks.
     """
 
     origin: Origin
@@ -32,33 +32,48 @@ class JournalReader(msgspec.Struct, eq=False):
 
 
 class JournalEntry(msgspec.Struct, eq=False, gc=False):
-    """An observation on its way.
+    """An observation that was taken from a journal.
 
     Attributes:
-        reader: Where it comes from.
-        sequence: Its number there.
-        seen: The observation.
-        is_counted: Whether the process that died had counted it.
+        reader: Of the journal.
+        sequence: Its sequence number there.
+        observation: The observation.
+        is_counted: Whether it is in the totals already, by a process that died since.
     """
 
     reader: JournalReader
     sequence: int
-    seen: Observation
+    observation: Observation
     is_counted: bool
 
 
-class Checkpoints:
-    """Keeps what is in the journals until it needs no journal any more; for one caller at a time.
-
-    Args:
-        journal: Of this process.
-        worker_group: Whom the journals of the dead are given back to.
-        origin: Of this process.
-
-        sinks: Who decides what becomes of records.
+class _Checkpoint(msgspec.Struct, eq=False):
+    """A journal may be truncated up to a sequence number, as soon as two conditions hold.
 
     Attributes:
-        own: What this process captures.
+        reader: Of the journal.
+        through: The sequence number.
+        commit: Number of the commit that must be in the totals by then.
+        received: For each sink, how many of all records it ever received must be durable.
+    """
+
+    reader: JournalReader
+    through: int
+    commit: int
+    received: list[int]
+
+
+class Checkpoints:
+    """Truncates journals as far as their entries are durable elsewhere; for one caller at a time.
+
+    Args:
+        journal: The journal of this process.
+        worker_group: Removes the journals of dead processes in the end.
+        origin: This process.
+        sinks: All that have to write, drop or reject a record.
+
+    Attributes:
+        own: Reader of the journal of this process.
     """
 
     def __init__(
@@ -69,65 +84,64 @@ class Checkpoints:
         self._journal = journal
         self._worker_group = worker_group
         self._recovered: list[JournalReader] = []
-        # When each sink has durable how many records, a reader is durable up to which sequence,
-        # if its commit of which number is committed.
-        self._open: deque[tuple[list[int], JournalReader, int, int]] = deque()
+        self._ahead: deque[_Checkpoint] = deque()
 
     def __bool__(self) -> bool:
-        return bool(self._open)
+        """Tell whether there is a checkpoint that is not reached yet."""
+        return bool(self._ahead)
 
     def recover(self, file: JournalFile, last_commit: int) -> Iterable[JournalEntry]:
         """Yield what a dead process captured and did not see durable.
 
         Args:
             file: Its journal.
-            last_commit: Number of its last commit that was counted.
+            last_commit: Number of its last commit that is in the totals.
         """
         reader = JournalReader(file.origin, file, last_commit)
         self._recovered.append(reader)
-        for sequence, commit, seen in file.entries():
+        for sequence, commit, observation in file.entries():
             if commit > last_commit:  # else a later commit of that number would seem to be its own
                 file.mark([sequence], 0)
-            yield JournalEntry(reader, sequence, seen, 0 < commit <= last_commit)
-        # Also a journal in which nothing is left has to be seen off.
-        self._open.append((self._received(), reader, reader.last, last_commit))
+            yield JournalEntry(reader, sequence, observation, 0 < commit <= last_commit)
+        # A journal in which nothing is left has to be removed as well.
+        self._ahead.append(_Checkpoint(reader, reader.last, last_commit, self._received()))
 
-    def note(
-        self, reader: JournalReader, acked: Sequence[int], waiting: Sequence[JournalEntry]
+    def add_batch(
+        self, reader: JournalReader, sequences: Sequence[int], waiting: Iterable[JournalEntry]
     ) -> None:
-        """Take note of what was put to the sinks, and what is behind it still.
+        """Set a checkpoint behind entries that were counted and handed to the sinks.
 
         Args:
-            reader: Where that came from.
-            acked: The numbers it has there.
-            waiting: What else was taken from journals, and is not put to the sinks yet.
+            reader: Of their journal.
+            sequences: Their sequence numbers there.
+            waiting: All entries that were taken from journals and not handed to the sinks yet.
         """
-        if reader.file is not None and acked:
-            reader.last = max(reader.last, *acked)
-            # What waits for its country holds the room of those behind it as well.
+        if reader.file is not None and sequences:
+            reader.last = max(reader.last, *sequences)
+            # Only the old end of a journal is truncated: an entry that waits holds up later ones.
             first = [entry.sequence for entry in waiting if entry.reader is reader]
             through = min(first) - 1 if first else reader.last
-            self._open.append((self._received(), reader, through, reader.commit))
+            self._ahead.append(_Checkpoint(reader, through, reader.commit, self._received()))
 
     def checkpoint(self, waiting: Sequence[JournalEntry]) -> None:
-        """Give back the journals' room for what is counted, and acked by every sink.
+        """Truncate the journals up to each checkpoint that is reached.
 
         Args:
-            waiting: What waits for its country.
+            waiting: The entries that wait for their country.
         """
         durable = [sink.durable() for sink in self._sinks]
-        while self._open and all(map(ge, durable, self._open[0][0])):
-            _, reader, sequence, commit = self._open[0]
-            if reader.file is None or reader.file.committed < commit:
+        while self._ahead and all(map(ge, durable, self._ahead[0].received)):
+            reader, through = self._ahead[0].reader, self._ahead[0].through
+            if reader.file is None or reader.file.committed < self._ahead[0].commit:
                 break
-            self._open.popleft()
+            self._ahead.popleft()
             if reader is self.own:
-                self._journal.truncate(sequence)
+                self._journal.truncate(through)
             else:
-                reader.file.truncate(sequence)
+                reader.file.truncate(through)
         for reader in list(self._recovered):
-            waits = any(open[1] is reader for open in self._open)
-            if not waits and not any(entry.reader is reader for entry in waiting):
+            is_ahead = any(checkpoint.reader is reader for checkpoint in self._ahead)
+            if not is_ahead and not any(entry.reader is reader for entry in waiting):
                 self._recovered.remove(reader)
                 if reader.file is not None:
                     self._worker_group.forget(reader.file)
@@ -136,10 +150,10 @@ class Checkpoints:
         return [sink.received() for sink in self._sinks]
 
     def release(self) -> None:
-        """Leave what is not durable to the next who recovers it; also right in a forked child."""
+        """Leave what is not durable to whoever recovers it next; also right in a forked child."""
         for reader in self._recovered:
             if reader.file is not None:
                 reader.file.close(remove=False)
         self._recovered.clear()
-        self._open.clear()
+        self._ahead.clear()
         self.own.file = None

@@ -1,4 +1,4 @@
-"""This process among its siblings: its run, its journal, and what the dead have left."""
+"""This process among the workers of its server: joins them, recovers what dead ones left."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _DEAD_SECONDS = 60.0
 
 
 class WorkerGroup:
-    """What one app in one process shares with its siblings, from its first request on.
+    """Membership of one app in one process in a `ServerRun`, from its first request on.
 
     Args:
         state: Where the app's processes keep what they share; None: nowhere.
         app: Name of the app, which no other on the same registry has.
-        totals: What is added together.
-        spool_bytes: What may wait on disk for each sink.
-        faults: Where it is reported that there is no place for it.
+        totals: Shared with the other workers.
+        spool_bytes: Size of what may wait on disk for each sink, at most.
+        faults: Where it is reported that there is no place for what is shared.
     """
 
     def __init__(
@@ -52,12 +52,15 @@ class WorkerGroup:
         self._server_run: ServerRun | None = None
         self._siblings_due = self._dead_due = 0.0
 
-    def begin(self, origin: Origin, *, multiprocess: bool) -> JournalFile | None:
-        """Join the siblings and make a journal; None if there is no place for one.
+    def join(self, origin: Origin, *, multiprocess: bool) -> JournalFile | None:
+        """Join the server run, share the totals with its workers, and make a journal file.
 
         Args:
-            origin: Of what this process captures.
+            origin: This process.
             multiprocess: Whether the server has other processes for the same app (PEP 3333).
+
+        Returns:
+            None if there is no place for a file; that is reported.
         """
         shape = f"{self._totals.shape}"
         try:
@@ -84,7 +87,7 @@ class WorkerGroup:
             return None
 
     def spool(self, sink: str) -> Spool | None:
-        """Return the place on disk for what a sink cannot write now; None if there is none."""
+        """Return the spool of a sink, by its name; None if there is no place for one."""
         if self._server_run is None:
             return None
         # Of the app rather than of the run: a storage may be down for longer than that.
@@ -92,9 +95,9 @@ class WorkerGroup:
         return Spool(self._server_run.folder.parent / f"spool-{name}", self._spool_bytes)
 
     def leftovers(self) -> Iterator[JournalFile]:
-        """Yield the journals of dead siblings and of dead server runs, now in our care.
+        """Yield the journals of dead siblings and of dead server runs, which are now ours.
 
-        Looks often for siblings and rarely for others; yields nothing in between.
+        Looks for siblings each 0.5 s and for server runs each 60 s; yields nothing in between.
         """
         if self._server_run is None or self._state is None:
             return
@@ -109,20 +112,20 @@ class WorkerGroup:
                 remove_run(folder)
 
     def end(self) -> None:
-        """Be no member any more, and remove what nobody needs."""
+        """Leave the server run, and remove it if nobody needs it; all files in it are closed."""
         if self._server_run is not None:
             self._server_run.end()
         self._start_anew()
 
     def forget(self, file: JournalFile) -> None:
-        """Remove a journal in which all is durable, and its run if that was the last."""
+        """Remove a recovered journal in which all is durable, and its run if that was the last."""
         self._totals.forget(file)
         file.close(remove=True)
         if self._server_run is None or file.folder != self._server_run.folder:
             remove_run(file.folder)
 
     def reset_after_fork(self) -> None:
-        """Leave what the parent process is a member of to the parent."""
+        """Forget the parent's membership in a forked child; the parent keeps it."""
         if self._server_run is not None:
             self._server_run.release()
         self._start_anew()

@@ -21,7 +21,7 @@ from helpers.front_door import Site
 
 from flask_usage_metrics import StorageUnavailable, UsageRecord
 from flask_usage_metrics.extension import wiring
-from flask_usage_metrics.pipeline import worker as pipeline
+from flask_usage_metrics.pipeline import processing, yielding
 from flask_usage_metrics.pipeline.delivery.sink import Sink
 from flask_usage_metrics.storage import Writer
 
@@ -539,10 +539,10 @@ def test_the_worker_gives_the_interpreter_away_unless_too_much_waits(
     expected: int,
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(pipeline, "_STEP_SECONDS", 0.0)
-    monkeypatch.setattr(pipeline, "_STEP_ITEMS", 4)
-    monkeypatch.setattr(pipeline, "_CHUNK", 10)
-    monkeypatch.setattr(pipeline, "release_gil", lambda: pauses.append(0.0))
+    monkeypatch.setattr(yielding, "_STEP_SECONDS", 0.0)
+    monkeypatch.setattr(yielding, "_STEP_ITEMS", 4)
+    monkeypatch.setattr(processing, "_BATCH_ENTRIES", 10)
+    monkeypatch.setattr(yielding, "release_gil", lambda: pauses.append(0.0))
     site = make_site(FLUSH_SECONDS=1000, BUFFER_RECORDS=buffer)
     visit(site, 95)
     assert len(site.records()) == 95

@@ -465,7 +465,7 @@ from flask_usage_metrics import TrackUsage
 from flask_usage_metrics.pipeline import worker_group
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.pipeline.journal_file import JournalFile
-from flask_usage_metrics.pipeline.worker import Pipeline
+from flask_usage_metrics.pipeline.processing import Processor
 from flask_usage_metrics.metrics.totals import Totals
 from flask_usage_metrics.metrics.shared_totals import SharedTotals
 
@@ -516,7 +516,7 @@ SEAMS = {
 
 def die_at(seam, names, many=False):
     if seam == "captured":
-        Pipeline.process = lambda self: None
+        Processor.process = lambda self, *_, **__: 0
     if seam == "half":  # the countries of some that others left are asked for, and never found
         enrich = Enricher.enrich
         def ask_on(self, seen, *rest):
