@@ -2,8 +2,8 @@
 
 from flask_usage_metrics.errors import ConfigError, StorageUnavailable, UsageMetricsError
 from flask_usage_metrics.extension import TrackUsage
-from flask_usage_metrics.records.query import Summary
 from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.records.summary import Summary
 from flask_usage_metrics.storage import open_storage
 
 __all__ = [

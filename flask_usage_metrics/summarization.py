@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from flask_usage_metrics.records.query import Every, Summary, as_utc, next_start, truncate
+from flask_usage_metrics.records.query import Every, as_utc, next_start, truncate
+from flask_usage_metrics.records.summary import Summary
 
 PERIODS: tuple[Every, ...] = ("hour", "day", "month")
 

@@ -17,7 +17,7 @@ from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.metrics.names import LABELS, REQUEST_LABELS, Shape
 from flask_usage_metrics.metrics.objectives import Objective, parse_objectives
 from flask_usage_metrics.records.address import TrustedProxies
-from flask_usage_metrics.records.query import BUCKETS
+from flask_usage_metrics.records.summary import BUCKETS
 
 PREFIX = "TRACK_USAGE_"
 

@@ -11,7 +11,7 @@ import msgspec
 
 from flask_usage_metrics.metrics.exemplars import Row
 from flask_usage_metrics.metrics.objectives import Objective
-from flask_usage_metrics.records.query import BUCKETS
+from flask_usage_metrics.records.summary import BUCKETS
 
 REQUEST_LABELS = ("method", "endpoint", "status", "country")
 LABELS = (

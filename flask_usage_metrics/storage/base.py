@@ -11,18 +11,9 @@ from typing import Any
 import msgspec
 
 from flask_usage_metrics.records.address import normalise
-from flask_usage_metrics.records.query import (
-    BUCKETS,
-    Every,
-    Filter,
-    Order,
-    Summary,
-    as_tuple,
-    as_utc,
-    check_grouping,
-    summarize_records,
-)
+from flask_usage_metrics.records.query import Every, Filter, Order, as_tuple, as_utc, check_grouping
 from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.records.summary import BUCKETS, Summary, summarize_records
 from flask_usage_metrics.storage.compat import as_usage_item
 from flask_usage_metrics.storage.writer import Writer
 from flask_usage_metrics.summarization import Summation, find_summation, sum_up

@@ -17,7 +17,7 @@ from dashboard_shop import A_WEEK_AGO_PER_SECOND, SENT, Live, visited_shop
 from helpers.dashboards import DASHBOARDS, chosen, panels, substituted, targets, variables
 
 from flask_usage_metrics import UsageRecord
-from flask_usage_metrics.records.query import BUCKETS
+from flask_usage_metrics.records.summary import BUCKETS
 
 pytestmark = pytest.mark.servers
 

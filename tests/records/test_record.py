@@ -6,7 +6,7 @@ import pytest
 from helpers.records import make_record
 
 from flask_usage_metrics.metrics.objectives import Objective
-from flask_usage_metrics.records.query import summarize_records
+from flask_usage_metrics.records.summary import summarize_records
 
 
 @pytest.mark.parametrize("status", [0, 200, 404, 499, 500, 503, 599, 600, 999])

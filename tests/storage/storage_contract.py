@@ -14,17 +14,15 @@ from hypothesis import strategies as st
 
 from flask_usage_metrics.records.address import normalise
 from flask_usage_metrics.records.query import (
-    BUCKETS,
     EQUALITY_FILTERS,
     GROUP_FIELDS,
     Filter,
-    Summary,
     as_utc,
     next_start,
-    summarize_records,
     truncate,
 )
 from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.records.summary import BUCKETS, Summary, summarize_records
 from flask_usage_metrics.storage import Storage
 from flask_usage_metrics.summarization import (
     SUMMATIONS,

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from flask_usage_metrics import UsageRecord
 from flask_usage_metrics.pipeline.delivery import sink as delivery
-from flask_usage_metrics.records.query import Summary, summarize_records
+from flask_usage_metrics.records.summary import Summary, summarize_records
 from flask_usage_metrics.storage import Storage
 from flask_usage_metrics.storage.jsonl import JSONLinesStorage
 from flask_usage_metrics.storage.sql import SQLStorage

@@ -21,7 +21,7 @@ from sqlalchemy.pool import NullPool
 from storage_contract import StorageContract, same
 
 from flask_usage_metrics.errors import ConfigError, StorageError, StorageUnavailable
-from flask_usage_metrics.records.query import summarize_records
+from flask_usage_metrics.records.summary import summarize_records
 from flask_usage_metrics.storage import open_storage
 from flask_usage_metrics.storage.sql import SQLStorage
 

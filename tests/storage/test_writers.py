@@ -15,8 +15,9 @@ from helpers.front_door import Site
 from helpers.records import START, make_record, make_records
 
 from flask_usage_metrics.errors import ConfigError, RecordsRejected
-from flask_usage_metrics.records.query import Every, Filter, Order, Summary, summarize_records
+from flask_usage_metrics.records.query import Every, Filter, Order
 from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.records.summary import Summary, summarize_records
 from flask_usage_metrics.storage import Storage, Writer, as_writer, open_storage
 from flask_usage_metrics.storage.compat import UserAgent
 from flask_usage_metrics.storage.jsonl import JSONLinesStorage

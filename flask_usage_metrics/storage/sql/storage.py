@@ -12,8 +12,9 @@ from weakref import finalize
 import sqlalchemy as sa
 
 from flask_usage_metrics.errors import ConfigError, StorageError, StorageUnavailable
-from flask_usage_metrics.records.query import Every, Filter, Order, Summary, as_utc
+from flask_usage_metrics.records.query import Every, Filter, Order, as_utc
 from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.records.summary import Summary
 from flask_usage_metrics.storage.base import Storage
 from flask_usage_metrics.storage.sql.database import Database
 from flask_usage_metrics.storage.sql.dialects import dialect_of, open_dialect

@@ -10,14 +10,8 @@ from typing import Any, Literal
 import msgspec
 import sqlalchemy as sa
 
-from flask_usage_metrics.records.query import (
-    Every,
-    Filter,
-    Summary,
-    make_summary,
-    summary_order,
-    truncate,
-)
+from flask_usage_metrics.records.query import Every, Filter, truncate
+from flask_usage_metrics.records.summary import Summary, make_summary, summary_order
 from flask_usage_metrics.storage.sql.dialects.base import Dialect, period_start
 from flask_usage_metrics.storage.sql.query import Query
 from flask_usage_metrics.storage.sql.rollup_tables import (

@@ -1,0 +1,168 @@
+"""Summaries: sums and quantiles over the records of a group, as the read API returns them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from flask_usage_metrics.records.query import Every, truncate
+from flask_usage_metrics.records.record import UsageRecord
+
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+"""Upper bounds of the latency buckets, in seconds: those of OpenTelemetry's HTTP server metrics
+(semantic-conventions, http-metrics) and of client_python's default."""
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """Sums over the records of one group.
+
+    Attributes:
+        group: The value of each field grouped by.
+        start: Start of the hour, day or month (aware UTC); None when not asked for.
+        requests: Number of records.
+        errors: Number of these with a 5xx status (`UsageRecord.is_server_error`).
+        bytes_sent: Bytes of the responses' bodies.
+        duration_seconds_sum: Seconds the requests took, added up.
+        p50: Median of the duration in seconds, estimated inside its bucket as Prometheus does.
+        p95: 95th percentile, likewise.
+        p99: 99th percentile, likewise.
+        visitors: Number of different identifiers of visitors; None when not asked for.
+        rolled_up: Whether any of it was read from sums by hour and day, which stay when records
+            are pruned: then there may be fewer records.
+    """
+
+    group: dict[str, Any]
+    start: datetime | None
+    requests: int
+    errors: int
+    bytes_sent: int
+    duration_seconds_sum: float
+    p50: float
+    p95: float
+    p99: float
+    visitors: int | None = None
+    rolled_up: bool = False
+
+
+def summarize_records(
+    records: Iterable[UsageRecord],
+    fields: Sequence[str],
+    every: Every | None,
+    bounds: Sequence[float],
+    *,
+    visitors: bool = False,
+) -> list[Summary]:
+    """Add up records by group, for a storage that cannot aggregate by itself.
+
+    Memory grows with the number of groups, not of records; with `visitors` also with the number of
+    different visitors of each group.
+    """
+    sums: dict[tuple[Any, ...], _Sums] = {}
+    for record in records:
+        start = truncate(record.started_at, every) if every else None
+        key = (start, *(getattr(record, field) for field in fields))
+        group = sums.get(key)
+        if group is None:
+            group = sums[key] = _Sums([0] * (len(bounds) + 1), set())
+        group.requests += 1
+        group.errors += record.is_server_error
+        group.bytes_sent += record.bytes_sent
+        group.duration_seconds_sum += record.duration_seconds
+        group.counts[bisect_left(bounds, record.duration_seconds)] += 1
+        if visitors and record.visitor is not None:
+            group.visitors.add(record.visitor)
+    summaries = [
+        make_summary(
+            dict(zip(fields, key[1:], strict=True)),
+            key[0],
+            (group.requests, group.errors, group.bytes_sent, group.duration_seconds_sum),
+            group.counts,
+            bounds,
+            len(group.visitors) if visitors else None,
+        )
+        for key, group in sums.items()
+    ]
+    return sorted(summaries, key=summary_order)
+
+
+class _Sums(msgspec.Struct):
+    counts: list[int]
+    visitors: set[str]
+    requests: int = 0
+    errors: int = 0
+    bytes_sent: int = 0
+    duration_seconds_sum: float = 0.0
+
+
+def make_summary(
+    group: dict[str, Any],
+    start: datetime | None,
+    sums: tuple[int, int, int, float],
+    counts: Sequence[int],
+    bounds: Sequence[float],
+    visitors: int | None = None,
+    *,
+    rolled_up: bool = False,
+) -> Summary:
+    """Build a `Summary` from sums and bucket counts.
+
+    Args:
+        group: The value of each field grouped by.
+        start: Start of the period, aware UTC, or None.
+        sums: Requests, errors, bytes sent, duration in seconds.
+        counts: See `quantile`.
+        bounds: See `quantile`.
+        visitors: Number of different visitors; None when it was not asked for.
+        rolled_up: See `Summary`.
+    """
+    requests, errors, bytes_sent, duration_seconds_sum = sums
+    return Summary(
+        group=group,
+        start=start,
+        requests=requests,
+        errors=errors,
+        bytes_sent=bytes_sent,
+        duration_seconds_sum=duration_seconds_sum,
+        p50=quantile(0.5, counts, bounds),
+        p95=quantile(0.95, counts, bounds),
+        p99=quantile(0.99, counts, bounds),
+        visitors=visitors,
+        rolled_up=rolled_up,
+    )
+
+
+def quantile(q: float, counts: Sequence[int], bounds: Sequence[float]) -> float:
+    """Estimate a quantile from bucket counts as Prometheus' `histogram_quantile` does.
+
+    Args:
+        q: Between 0 and 1.
+        counts: Records in each bucket (not cumulative); one more than `bounds`, the last being
+            those above the highest bound.
+        bounds: Upper bounds in seconds, ascending.
+
+    Returns:
+        Seconds, interpolated linearly inside the bucket; the highest bound when the quantile lies
+        above it; NaN without records.
+    """
+    total = sum(counts)
+    if not total:
+        return float("nan")
+    rank = q * total
+    below = 0
+    for position, count in enumerate(counts[:-1]):
+        if below + count >= rank and count:
+            lower = bounds[position - 1] if position else 0.0
+            return lower + (bounds[position] - lower) * (rank - below) / count
+        below += count
+    return bounds[-1]
+
+
+def summary_order(summary: Summary) -> tuple[Any, ...]:
+    """Return a sort key of summaries: by start, the busiest group first, then by its values."""
+    names = tuple((value is not None, str(value)) for value in summary.group.values())
+    start = summary.start.timestamp() if summary.start else 0.0
+    return (start, -summary.requests, names)
