@@ -1,4 +1,4 @@
-"""The contract of what records can also be read from."""
+"""The contract `Storage`: a writer whose records can also be read, summed up and deleted."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from flask_usage_metrics.summarization import Summation, find_summation, sum_up
 
 
 class Storage(Writer):
-    """Something records can also be read from.
+    """A storage that records can be read from; methods may be called by any thread.
 
-    A subclass implements `select`, `prune` and `delete`; everything else is derived from these,
-    and may be overridden by something faster. A subclass that came from flask-track-usage
-    overrides only `set_up`, `store` and `_get_usage`; then only `get_usage` can be read.
+    A subclass implements `write`, `select`, `prune` and `delete`; everything else is derived from
+    these, and may be overridden by something faster. A subclass written for flask-track-usage
+    overrides only `set_up`, `store` and `_get_usage`; of it only `get_usage` can be called.
 
     Attributes:
         bounds: Upper bounds of the buckets that quantiles are estimated from, seconds, ascending;
@@ -53,7 +53,16 @@ class Storage(Writer):
         self.pseudonyms = pseudonyms
 
     def select(self, wanted: Filter, order: Order, limit: int | None) -> Iterator[UsageRecord]:
-        """Yield the wanted records by (started_at, id); for subclasses."""
+        """Yield the wanted records by (started_at, id), each id once; for subclasses.
+
+        Args:
+            wanted: Which records.
+            order: ``"oldest"`` or ``"newest"`` first.
+            limit: Most records to yield, >= 0; None: all.
+
+        Raises:
+            StorageUnavailable: The storage cannot be read now; raised when it is iterated.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not offer records()")
 
     def records(
@@ -73,12 +82,12 @@ class Storage(Writer):
             since: Start of the range, included; naive means UTC; None: from the first.
             until: End of the range, not included; naive means UTC; None: to the last.
             order: ``"oldest"`` or ``"newest"`` first.
-            limit: At most so many; None: all.
-            **filters: Field = value, or = a list of which any may hold: endpoint, method, status,
-                country, client, path, username, blueprint, visitor, trace_id, remote_addr,
-                consumer, url, user_agent, language, app; also ``status_class="5xx"`` and
-                ``path_prefix="/api/"``. None means unknown. An address may be spelled in any way;
-                a user's name also finds what is kept under its pseudonyms.
+            limit: Most records to yield; None: all.
+            **filters: A field and its value, or a list of values of which any matches: endpoint,
+                method, status, country, client, path, username, blueprint, visitor, trace_id,
+                remote_addr, consumer, url, user_agent, language, app; also ``status_class="5xx"``
+                and ``path_prefix="/api/"``. None means unknown. An address may be spelled in any
+                way; a user's name also matches its pseudonyms.
 
         Raises:
             StorageUnavailable: The storage cannot be read now.
@@ -94,13 +103,13 @@ class Storage(Writer):
     def wanted(
         self, since: datetime | None, until: datetime | None, conditions: dict[str, Any]
     ) -> Filter:
-        """Check the arguments of a read call; for subclasses that override one.
+        """Return the arguments of a read call as a `Filter`, checked; for subclasses.
 
         Args:
             since: As in `records`.
             until: As in `records`.
-            conditions: The filters. An address or a user name is also looked for under what else
-                the storage may hold it as.
+            conditions: The filters, as in `records`. To the values of addresses and user names the
+                result adds their other spellings and pseudonyms.
 
         Raises:
             TypeError: A filter is not known.
@@ -125,7 +134,7 @@ class Storage(Writer):
     def count(
         self, since: datetime | None = None, until: datetime | None = None, **filters: Any
     ) -> int:
-        """Return how many records `records` would yield."""
+        """Return the number of records that `records` would yield; raises as that does."""
         return sum(1 for _ in self.records(since, until, **filters))
 
     def summarize(
@@ -148,11 +157,11 @@ class Storage(Writer):
             every: ``"hour"``, ``"day"``, ``"month"`` or None.
             visitors: Also count the different identifiers of visitors, which costs more time and
                 memory. Those of ``TRACK_USAGE_VISITORS="daily"`` change each day: over several
-                days the figure is a sum of daily ones. With ``every="day"`` they are seen apart.
+                days the figure is a sum of daily ones, which ``every="day"`` tells apart.
             **filters: As in `records`.
 
         Returns:
-            One `Summary` a group that has records: by start, then the busiest first.
+            A `Summary` for each group that has records: by start, then the busiest first.
 
         Raises:
             StorageUnavailable: The storage cannot be read now.
@@ -174,7 +183,14 @@ class Storage(Writer):
         *,
         visitors: bool = False,
     ) -> list[Summary]:
-        """Do the work of `summarize`; for subclasses that can do it faster."""
+        """Return what `summarize` does, of checked arguments; for subclasses that are faster.
+
+        Args:
+            wanted: Which records.
+            fields: Fields to group by.
+            every: Period to group by as well; None: none.
+            visitors: Whether to count different visitors.
+        """
         records = self.select(wanted, "oldest", None)
         return summarize_records(records, fields, every, self.bounds, visitors=visitors)
 
@@ -189,10 +205,10 @@ class Storage(Writer):
     ) -> dict[str, list[dict[str, Any]]]:
         """Return flask-track-usage's sums: hits and bytes by hour, day and month (UTC).
 
-        They are made by `summarize` when this is called, whether or not the storage was given the
-        hook: so they are right however many processes write. An erased record is in none, and a
-        pruned one only where `summarize` has it still. Of an hour, day or month that is meant all
-        records count. Memory grows with the number of rows there are, whatever the limit.
+        Computed by `summarize` at every call, whether or not the storage was given the hook: so
+        they are right however many processes write. Erased records are in none, pruned ones where
+        `summarize` still counts them. Periods are summed as a whole. Memory grows with the number
+        of rows that there are, whatever the limit.
 
         Args:
             hook: One of `flask_usage_metrics.summarization`, or its name: ``sumUrl`` (the whole
@@ -201,15 +217,15 @@ class Storage(Writer):
             start_date: Without `end_date`: the hour, the day and the month that contain it. With
                 it: those that begin then or later. Naive means UTC; None: from the first.
             end_date: Those that begin then or earlier. Naive means UTC; None: to the last.
-            limit: Rows a page, of each list.
+            limit: Rows a page, of each list; >= 0.
             page: Page number, from 1; smaller ones mean 1.
-            target: Only this value, an address spelled in any way; None: all that are known.
+            target: Only this value, an address spelled in any way; None: all values.
 
         Returns:
             For ``"hour"``, ``"day"`` and ``"month"`` a list, the newest first, then the busiest,
-            of dicts with the keys date (its start, naive UTC), hits, transfer (bytes of the
-            responses' bodies), and url, remote_addr, user_agent_string, language, server_name,
-            visitor or country. Records for which that is unknown are in none.
+            of dicts with the keys date (start of the period, naive UTC), hits, transfer (bytes of
+            response bodies), and one of url, remote_addr, user_agent_string, language,
+            server_name, visitor, country. Records without a value for it are left out.
 
         Raises:
             NotImplementedError: There is no such hook.
@@ -252,8 +268,8 @@ class Storage(Writer):
         page: int = 1,
     ) -> list[dict[str, Any]]:
         end = as_utc(end_date)
-        # The inclusive end in terms of a half-open range: times have microseconds. After the last
-        # moment there is, which people pass for "no end", there is no other.
+        # The inclusive end as that of a half-open range: times have microseconds. There is none
+        # after the last moment a datetime can hold, which people pass for "no end".
         last = datetime.max.replace(tzinfo=timezone.utc)
         until = None if end is None or end == last else end + timedelta(microseconds=1)
         first = (max(page, 1) - 1) * limit
@@ -261,22 +277,25 @@ class Storage(Writer):
         return [as_usage_item(record) for record in islice(records, first, None)]
 
     def maintain(self, keep: timedelta | None, now: datetime) -> float:
-        """Prune what is older than it is to be kept, once an hour; see `Writer.maintain`."""
+        """Prune once an hour; see `Writer.maintain`."""
         if keep is None:
             return inf
         before = now - keep
-        # Looked at first: a file may be written anew, and its writers wait, even for nothing.
+        # Counted first: to prune may rewrite a file while its writers wait, even for no record.
         if self.count(until=before):
             self.prune(before)
         return 3600.0
 
     def prune(self, before: datetime) -> int:
-        """Delete the records with ``started_at < before`` and return how many these were.
+        """Delete the records with ``started_at < before``, and return how many were deleted.
 
-        What a SQL storage has added up of them by hour and day stays: see `summarize`.
+        Their hourly and daily sums in a SQL storage stay, for `summarize`.
+
+        Args:
+            before: Naive means UTC.
 
         Raises:
-            StorageUnavailable: The storage cannot be reached now.
+            StorageUnavailable: The storage cannot be reached now; some may be deleted.
         """
         raise NotImplementedError(f"{type(self).__name__} does not offer prune()")
 
@@ -287,14 +306,14 @@ class Storage(Writer):
         visitor: str | Collection[str] | msgspec.UnsetType = msgspec.UNSET,
         remote_addr: str | Collection[str] | msgspec.UnsetType = msgspec.UNSET,
     ) -> int:
-        """Delete all records of somebody (GDPR, Art. 17) and return how many these were.
+        """Delete all records of somebody (GDPR, Art. 17), and return how many were deleted.
 
-        These are exactly the records that `records` yields for the same arguments: look at `count`
-        first. Call `TrackUsage.flush` before: what still waits to be written is not erased.
+        These are the records that `records` yields for the same arguments: look at `count` first.
+        Call `TrackUsage.flush` before: records that wait to be written are not erased.
 
         Args:
-            username: A name, or a list of which any may hold, as in `records`; given together with
-                others, all must hold.
+            username: A name, or a list of which any matches, as in `records`; if several arguments
+                are given, all must match.
             visitor: Likewise, identifiers of visitors.
             remote_addr: Likewise, addresses.
 
@@ -302,8 +321,8 @@ class Storage(Writer):
             NotImplementedError: The storage does not offer it.
             StorageUnavailable: The storage cannot be reached now. Some records may be deleted:
                 call it again.
-            TypeError: A value is no text: it would be found nowhere.
-            ValueError: Nothing is given, or None or an empty list: who is unknown is nobody.
+            TypeError: A value is no text, so no record has it.
+            ValueError: No argument is given, or one is None or an empty list: that is nobody.
         """
         given = {"username": username, "visitor": visitor, "remote_addr": remote_addr}
         wanted = self.wanted(
@@ -313,7 +332,7 @@ class Storage(Writer):
         )
         if not wanted.any_of:
             raise ValueError("erase() needs a username, a visitor or a remote_addr")
-        # Looked at after aliases were added: none of these may be somebody else, either.
+        # Checked after pseudonyms were added: these must not be somebody else's, either.
         for field, values in wanted.any_of.items():
             if not values:
                 raise ValueError(f"{field} must not be an empty list")
@@ -325,7 +344,7 @@ class Storage(Writer):
         return self.delete(wanted)
 
     def delete(self, wanted: Filter) -> int:
-        """Delete the wanted records and return how many these were; for subclasses.
+        """Delete the wanted records, and return how many were deleted; for subclasses.
 
         Raises:
             StorageUnavailable: The storage cannot be reached now; some may be deleted.

@@ -1,4 +1,4 @@
-"""A record in the shapes of flask-track-usage: the dict of a storage, an item of get_usage."""
+"""Records in flask-track-usage's shapes: the dict a storage is given, an item of `get_usage`."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class UserAgent:
 
 
 def as_dict(record: UsageRecord) -> dict[str, Any]:
-    """Return a record as the dict a custom storage is given, made afresh.
+    """Return a record as the dict a custom storage is given; nobody else has it or parts of it.
 
-    It has the 18 keys of flask-track-usage, and every field of `UsageRecord` under its own name
-    (``user_agent`` is the `UserAgent`, which prints as the header).
+    It has the 18 keys of flask-track-usage, and every field of `UsageRecord` under its own name,
+    but a `UserAgent` under ``user_agent``.
     """
     fields = {name: getattr(record, name) for name in UsageRecord.__struct_fields__}
     for name in ("view_args", "ip_info", "track_var"):
@@ -87,6 +87,7 @@ def as_usage_item(record: UsageRecord) -> dict[str, Any]:
 
 
 def _copy(value: Any) -> Any:
+    """Return a deep copy of a JSON value."""
     if isinstance(value, dict):
         return {key: _copy(inner) for key, inner in value.items()}
     if isinstance(value, list):

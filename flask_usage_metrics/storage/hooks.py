@@ -1,4 +1,4 @@
-"""What a storage takes as ``hooks``: flask-track-usage's sums, and functions to call."""
+"""The ``hooks`` of a storage, checked: flask-track-usage's sums, and functions to call."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def as_hooks(given: object) -> tuple[Summation | Callable[..., Any], ...]:
     """Return the hooks that were meant.
 
     Args:
-        given: A sum, its name, a function that takes keywords, or a list of these; None: none.
+        given: A sum, its name, a function that takes ``**data``, or a list of these; None: none.
 
     Raises:
-        ConfigError: Something is none of these.
+        ConfigError: One is none of these.
     """
     return () if given is None else tuple(_as_hook(hook) for hook in as_tuple(given))
 
@@ -43,9 +43,9 @@ def _as_hook(given: object) -> Summation | Callable[..., Any]:
 
 
 def _takes_keywords(function: Callable[..., Any]) -> bool:
-    """Tell whether it can be called with a record, also when records will have more fields.
+    """Tell whether it takes any keywords: those of a record, of future versions too.
 
-    Said at once: otherwise it would fail for each record, and only the log would know.
+    Checked at set-up: else it would fail for every record, and only the log would tell.
     """
     if iscoroutinefunction(function):
         return False

@@ -1,4 +1,4 @@
-"""Records as JSON lines in one file: no database, readable with any tool."""
+"""The storage in a file of JSON lines: needs no database, and any tool can read it."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ _decode = msgspec.json.Decoder(UsageRecord).decode
 
 
 class JSONLinesStorage(Storage):
-    """A file of one JSON object a line, with the fields of `UsageRecord` as keys.
+    """A file with a JSON object a line, whose keys are the fields of `UsageRecord`.
 
-    Any number of threads and processes of one host may append to and prune the same file: each
-    batch is appended whole, under a lock (``flock``). Lines are in the order of writing. A line
-    that is not a record, such as one cut short by a crash, is skipped by readers and kept by
-    `prune` and `erase`; a record that is in the file twice is read once. Nothing is synced to the
-    disk by `write`: a crash of the process loses nothing, one of the machine may.
+    Any number of threads and processes of one host may write, prune and read the same file: a
+    batch is appended as a whole, under a lock (``flock``). Lines are in the order of writing.
+    Readers skip a line that is no record, such as one cut off by a crash; `prune` and `erase` leave
+    it. A record that is in the file twice is read once. `write` does not sync to the disk: a crash
+    of the process loses nothing, one of the machine may.
 
-    Memory for reading grows by about 50 bytes for each wanted record (not for each one in the
-    file), because these have to be sorted; the records themselves are read one by one.
+    To read takes about 50 bytes of memory for each wanted record, for sorting; the records
+    themselves are read one by one.
 
     Args:
-        path: The file. It and its folder are made by the first write. A relative path is taken
-            from the directory the process is in now.
-        hooks: As for every storage.
+        path: The file. The first write makes it and its folder. A relative path is taken from the
+            directory the process is in now.
+        hooks: See `Writer`.
 
     Raises:
         ConfigError: A hook is none, or the system has no ``flock`` (Windows).
@@ -55,18 +55,18 @@ class JSONLinesStorage(Storage):
     name = "jsonl"
 
     def set_up(self, path: str | os.PathLike[str]) -> None:
-        """Keep the path."""
+        """Keep the path, made absolute."""
         if fcntl is None:  # pragma: no cover - Windows
             raise ConfigError("the jsonl storage needs flock, which this system does not have")
         self._path = Path(path).absolute()
 
     @property
     def identity(self) -> str:
-        """Kind and place of the file."""
+        """The absolute path: ``"jsonl /var/lib/shop/usage.jsonl"``."""
         return f"jsonl {self._path}"
 
     def write(self, batch: Sequence[UsageRecord]) -> None:
-        """Append a batch, whole or not at all.
+        """Append a batch, as a whole or not at all; blocks while others hold the lock.
 
         Raises:
             StorageUnavailable: The file cannot be opened or written now, or the disk is full.
@@ -75,8 +75,8 @@ class JSONLinesStorage(Storage):
         if not batch:
             return
         for record in batch:
-            # These would be written, but not be read again as what they were: JSON has no
-            # infinity (msgspec writes null), and naive times compare with no others.
+            # These could be written, but not read again as they were: JSON has no infinity
+            # (msgspec writes null), and a naive time compares with no other.
             if not (isfinite(record.duration_seconds) and isfinite(record.queue_seconds or 0.0)):
                 raise ValueError("a duration is not finite")
             if record.started_at.tzinfo is None:
@@ -85,12 +85,12 @@ class JSONLinesStorage(Storage):
         with _unavailable_if_os_fails(), self._open_locked("a+b") as file:
             end = file.seek(0, os.SEEK_END)
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-                # Somebody died while writing: end their line, or it would spoil our first.
+                # Another process died while it wrote: without a line end it would spoil our first.
                 lines = b"\n" + lines
             try:
                 _write_all(file, lines)
             except BaseException:
-                # A disk that fills up takes a part, but the whole batch will be offered again.
+                # A full disk takes a part of the batch, which will be written again as a whole.
                 with suppress(OSError):
                     file.truncate(end)
                 raise
@@ -100,24 +100,22 @@ class JSONLinesStorage(Storage):
         return islice(self._sorted(wanted, newest_first=order == "newest"), limit)
 
     def prune(self, before: datetime) -> int:
-        """Delete the records with ``started_at < before`` and return how many these were.
-
-        As `delete` does it.
+        """Delete the records with ``started_at < before``, as `delete` does, and return how many.
 
         Raises:
             StorageUnavailable: The file cannot be read, or the new one not be written, now.
         """
         limit = as_utc(before)
-        # Without a limit, a filter would be for all records.
+        # A filter without a limit would match all records.
         return 0 if limit is None else self.delete(Filter(until=limit))
 
     def delete(self, wanted: Filter) -> int:
-        """Delete the wanted records and return how many these were.
+        """Delete the wanted records, and return how many were deleted.
 
-        What remains is written to a new file beside the old one, which it then replaces: it
-        needs that much space on the disk. Writers wait meanwhile; readers keep the old file.
-        Memory grows by about 150 bytes a deleted record, to count none of them twice. Lines that
-        are no records remain, whatever they hold.
+        The remaining lines are written to a new file beside the old one, which replaces it: that
+        takes as much space on the disk. Writers wait meanwhile; readers go on with the old file.
+        Memory grows by about 150 bytes a deleted record, to count each once. Lines that are no
+        records remain, whatever they hold.
 
         Raises:
             StorageUnavailable: The file cannot be read, or the new one not be written, now.
@@ -128,7 +126,7 @@ class JSONLinesStorage(Storage):
                 file = self._open_locked("r+b")
             except FileNotFoundError:
                 return 0
-            # A link stays a link: what it points at is replaced.
+            # A link stays a link: the file it points at is replaced.
             path = Path(os.path.realpath(self._path))
             remaining = path.with_name(f".{path.name}.pruned")
             with file:
@@ -142,8 +140,8 @@ class JSONLinesStorage(Storage):
                                 gone.add(record.id)
                         _copy_owner(file, kept)
                         kept.flush()
-                        # Renamed before its contents reached the disk, a crash of the machine
-                        # could leave an empty file in the place of all records.
+                        # Else, after a crash of the machine, the new name could be an empty file:
+                        # the rename may reach the disk before the contents.
                         os.fsync(kept.fileno())
                     if gone:
                         remaining.replace(path)
@@ -158,27 +156,27 @@ class JSONLinesStorage(Storage):
             except FileNotFoundError:
                 return
             with file:
-                # What lies before this end stays as it is: writers only append, or take back,
-                # under the lock, what they appended; a pruner makes a new file.
+                # Up to here the file stays as it is: writers only append (and truncate what they
+                # just appended, under the lock), and `delete` makes a new file.
                 end = file.seek(0, os.SEEK_END)
                 fcntl.flock(file, fcntl.LOCK_UN)
-                for _, places in groupby(
+                for _, tied in groupby(
                     _index(file, end, wanted, newest_first=newest_first),
-                    key=lambda place: place >> _OFFSET_BITS,
+                    key=lambda entry: entry >> _OFFSET_BITS,
                 ):
-                    yield from _of_one_moment(file, places, newest_first=newest_first)
+                    yield from _of_one_moment(file, tied, newest_first=newest_first)
 
     def _open_locked(self, mode: str) -> IO[bytes]:
-        """Open the file and wait for its lock, which closing it gives back.
+        """Open the file and wait for its lock, which is released when the file is closed.
 
-        Opened for each use: a file kept open would share its lock with a forked child.
+        Opened anew for each use: an open file would share its lock with a forked child.
 
         Args:
-            mode: ``"a+b"`` makes the file and its folder and is not buffered; ``"r+b"`` locks
-                everybody else out, too; ``"rb"`` writers only.
+            mode: ``"a+b"`` makes the file and its folder, locks everybody else out, and does not
+                buffer; ``"r+b"`` locks everybody else out; ``"rb"`` locks writers out.
 
         Raises:
-            FileNotFoundError: There is no file, and it was not to be made.
+            FileNotFoundError: There is no file, and the mode does not make one.
         """
         appending = mode == "a+b"
         while True:
@@ -196,14 +194,14 @@ class JSONLinesStorage(Storage):
             except BaseException:
                 file.close()
                 raise
-            # While we waited for the lock, a pruner replaced the file, or somebody deleted it.
+            # While we waited for the lock, the file was replaced by `delete`, or deleted.
             file.close()
 
 
 def _index(file: IO[bytes], end: int, wanted: Filter, *, newest_first: bool) -> list[int]:
-    """Return time and place of the wanted records as one int each, sorted by time.
+    """Return an int for each wanted record, sorted by time: microseconds, then the line's offset.
 
-    40 bytes an int and 8 in the list, where a tuple would take 120.
+    An int takes 40 bytes, and 8 in the list; a tuple would take 120.
     """
     index: list[int] = []
     offset = file.seek(0)
@@ -219,12 +217,18 @@ def _index(file: IO[bytes], end: int, wanted: Filter, *, newest_first: bool) -> 
 
 
 def _of_one_moment(
-    file: IO[bytes], places: Iterator[int], *, newest_first: bool
+    file: IO[bytes], entries: Iterator[int], *, newest_first: bool
 ) -> Iterator[UsageRecord]:
-    """Read the records of one microsecond, which are few; each id once."""
+    """Yield the records of one microsecond, which are few, by id, each id once.
+
+    Args:
+        file: The file.
+        entries: Those of `_index` with the same time.
+        newest_first: Whether the greatest id comes first.
+    """
     tied: dict[str, UsageRecord] = {}
-    for place in places:
-        file.seek(place & ((1 << _OFFSET_BITS) - 1))
+    for entry in entries:
+        file.seek(entry & ((1 << _OFFSET_BITS) - 1))
         record = _parse(file.readline())
         if record is not None:
             tied[record.id] = record
@@ -233,6 +237,7 @@ def _of_one_moment(
 
 
 def _parse(line: bytes) -> UsageRecord | None:
+    """Return the record of a line; None if it is none."""
     try:
         record = _decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -241,12 +246,14 @@ def _parse(line: bytes) -> UsageRecord | None:
 
 
 def _write_all(file: IO[bytes], data: bytes) -> None:
+    """Write to an unbuffered file, which may take a part at a time."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
 
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Tell whether a path, which may be a link, still leads to an open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -254,7 +261,7 @@ def _is_at(path: Path, file: IO[bytes]) -> bool:
 
 
 def _copy_owner(old: IO[bytes], new: IO[bytes]) -> None:
-    """Leave the file to whom it belonged, even if root prunes it."""
+    """Give a new file the permissions and, if root runs this, the owner of the old one."""
     status = os.fstat(old.fileno())
     os.fchmod(new.fileno(), status.st_mode & 0o7777)
     with suppress(OSError):
@@ -263,6 +270,7 @@ def _copy_owner(old: IO[bytes], new: IO[bytes]) -> None:
 
 @contextmanager
 def _unavailable_if_os_fails() -> Iterator[None]:
+    """Raise StorageUnavailable for an OSError, without its path."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Records written as text to an open file or stream."""
+"""The storage that writes records as text to an open file or stream."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from flask_usage_metrics.storage.writer import Writer
 
 
 class OutputWriter(Writer):
-    """Writes every record to something open for writing.
+    """Writes every record to an open file.
 
     Args:
-        output: Has ``write`` and ``writable``; it is flushed after each record and never closed.
-            None: what is ``sys.stderr`` at the time of writing.
-        transform: Makes of a record's dict what is written; nothing is added, no newline either.
+        output: Has ``write`` and ``writable``; flushed after each record if it has ``flush``, never
+            closed. None: ``sys.stderr`` at the time of writing.
+        transform: Called with a record's dict (see `compat.as_dict`), returns the text to write;
+            nothing is added to it, not even a newline.
 
     Raises:
         TypeError: `output` has no ``write`` or no ``writable``.
@@ -25,7 +26,7 @@ class OutputWriter(Writer):
     name = "output"
 
     def set_up(self, output: Any = None, transform: Callable[[dict[str, Any]], Any] = str) -> None:
-        """Check and keep the output and the transformation."""
+        """Check and keep the constructor's arguments."""
         checked = sys.stderr if output is None else output
         for method in ("write", "writable"):
             if not hasattr(checked, method):

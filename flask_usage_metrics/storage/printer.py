@@ -1,4 +1,4 @@
-"""Records printed to standard output: to see at once what is tracked."""
+"""The storage that prints records, to see at once what is tracked."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from flask_usage_metrics.storage.writer import Writer
 
 
 class PrintWriter(Writer):
-    """Prints the dict of every record.
+    """Prints the dict of every record to standard output.
 
-    Standard output that is closed or broken makes these records count as failed, nothing more.
+    Records that cannot be printed, because it is closed or broken, count as failed.
     """
 
     name = "print"
 
     def store(self, data: dict[str, Any]) -> None:
-        """Print one record, to what is ``sys.stdout`` at this moment."""
-        # Flushed, so that a broken pipe is met with the record it lost, not at the next one or,
-        # as a traceback, at the interpreter's exit.
+        """Print one record to the ``sys.stdout`` of this moment."""
+        # Flushed, so that a broken pipe fails the record that is lost, not the next one or, with a
+        # traceback, the interpreter's exit.
         print(data, flush=True)
 
 

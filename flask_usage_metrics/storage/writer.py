@@ -1,4 +1,4 @@
-"""The contract of what records are written to, and plain callables in its shape."""
+"""The contract `Writer`: a storage that records are written to; a plain callable as one."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from flask_usage_metrics.summarization import Summation
 
 
 class _ClassName:
-    """The name of a storage that was given none: that of its class."""
+    """The name of a storage without one: that of its class in lower case."""
 
     def __get__(self, instance: object, owner: type) -> str:
         return _clean_name(owner.__name__.lower())
 
 
 class Writer:
-    """Something records are written to.
+    """A storage that records are written to.
 
-    A subclass overrides either `write`, which takes a batch and is asked again after a failure,
-    or, as with flask-track-usage, `set_up` and `store`, which takes one dict and is asked once.
+    A subclass overrides either `write`, which takes a batch and is called again after a failure,
+    or, as with flask-track-usage, `set_up` and `store`, which takes one dict and is called once.
+    It need not call this constructor.
 
     Args:
-        *args: Those of `set_up`.
-        hooks: Functions to call for each record, as `call_hooks` does. A storage that can be read
-            also takes what flask-track-usage calls hooks, such as ``sumUrl`` of
-            `flask_usage_metrics.summarization` or ``"sumUrl"``, though `Storage.get_sum` does
-            without. One of these or a list.
-        **kwargs: Those of `set_up`, which is given `hooks` too if it names them.
+        *args: For `set_up`.
+        hooks: Functions to call for each record, see `call_hooks`. A storage that can be read also
+            takes flask-track-usage's sums, such as ``sumUrl`` of
+            `flask_usage_metrics.summarization` or ``"sumUrl"``, though `Storage.get_sum` needs
+            none. One of these or a list; None: none.
+        **kwargs: For `set_up`, with `hooks` if that has a parameter of this name.
 
     Attributes:
-        name: Short name, the value of the label ``sink``; it never holds an address or a secret.
-            Unless a subclass or an instance sets one: the name of its class in lower case.
+        name: Short name, the value of the label ``sink``, without an address or a secret. Default:
+            the name of the class in lower case.
 
     Raises:
         ConfigError: A hook is none of these.
@@ -68,23 +69,26 @@ class Writer:
         """Take the constructor's arguments; for subclasses."""
 
     def store(self, data: dict[str, Any]) -> Any:
-        """Keep one record, given as the dict of `as_dict`; for subclasses."""
+        """Keep one record, a dict as `as_dict` makes it; for subclasses. See `write` for errors."""
         raise NotImplementedError(f"{type(self).__name__} overrides neither store nor write")
 
     def __call__(self, data: dict[str, Any]) -> Any:
-        """Keep one record, as `store` does."""
+        """Keep one record at once; the same as `store`."""
         return self.store(data)
 
     def write(self, batch: Sequence[UsageRecord]) -> None:
-        """Keep a batch; called by one thread at a time, never by a request.
+        """Keep a batch; called by one thread at a time, never by a request's; may block.
 
-        Writing a record again that is already kept must change nothing: its id tells.
+        A record that is kept already, by its id, must stay as it is.
+
+        Args:
+            batch: In the order of processing; may be empty.
 
         Raises:
-            StorageUnavailable: Nothing was written; the same batch will be offered again.
+            StorageUnavailable: Nothing was written; the same batch is written again later.
             RecordsRejected: The named records can never be written; all others were.
-            Exception: Nothing was written. The batch is offered again in parts, to find the
-                record that is the cause.
+            Exception: Nothing was written. The batch is split and written again, to find the record
+                that is the cause.
         """
         rejected: list[int] = []
         reason = ""
@@ -102,17 +106,17 @@ class Writer:
     ) -> None:
         """Call the functions among the hooks for each record of a batch that was kept.
 
-        As in flask-track-usage, ``hook(**data)`` with the dict of `as_dict`, made afresh, and
-        ``_parent_class_name`` and ``_parent_self``, this storage; but in the thread that writes,
-        without Flask's context. The next batch waits meanwhile. What a hook raises changes nothing
-        for the record, the other hooks and the other records.
+        As in flask-track-usage: ``hook(**data)`` with a fresh dict of `as_dict`,
+        ``_parent_class_name``, and ``_parent_self``, this storage; but in the thread that writes,
+        without Flask's context. The next batch waits meanwhile. An exception of a hook touches
+        neither the record, nor other hooks, nor other records.
 
-        Each record that was kept is given to each hook: once, but once more if it is written once
-        more, such as after the process was killed before the batch was done with. Its id tells.
+        Each hook is called once for each record that was kept, but again if a batch is written
+        again, such as after the process was killed. The record's id tells.
 
         Args:
             batch: In the order they were written in.
-            report: Called with a hook's name and what it raised.
+            report: Called with a hook's name and its exception.
         """
         if not self._functions:
             return
@@ -126,24 +130,25 @@ class Writer:
 
     @property
     def identity(self) -> str:
-        """What tells this storage from others of its kind, the same in every process."""
+        """A text that no other storage of the app has, the same in every process."""
         return f"{type(self).__module__}.{type(self).__qualname__} {self.name}"
 
     def bind_app(self, app: Any) -> None:
-        """Take the Flask app that is tracked, for what can be had in its context only."""
+        """Take the Flask app that is tracked; for storages that need its context."""
 
     def flush(self) -> None:
-        """Hand over what the storage itself holds back, if anything."""
+        """Write records that the storage itself buffers, if any."""
 
     def maintain(self, keep: timedelta | None, now: datetime) -> float:
-        """Do a small piece of upkeep, in the thread that writes; return when there is more to do.
+        """Do a small piece of maintenance, in the thread that writes: writing waits meanwhile.
 
         Args:
             keep: How long records are kept; None: for ever.
             now: Aware UTC.
 
         Returns:
-            Seconds until it is to be called again; less than one if there is more to do.
+            Seconds until it is to be called again: less than one if there is more to do, infinity
+            if never.
 
         Raises:
             StorageUnavailable: The storage cannot be reached now.
@@ -151,17 +156,18 @@ class Writer:
         return inf
 
     def close(self) -> None:
-        """Give back connections and files; the next use opens them again."""
+        """Close connections and files; the next use opens them again."""
 
     def reset_after_fork(self) -> None:
-        """Forget, without closing, what must not be shared with the parent process."""
+        """Drop connections and locks that are the parent process's, without closing them."""
 
 
 class CallableWriter(Writer):
-    """A plain callable that takes one dict.
+    """A plain callable as a storage; named after it.
 
     Args:
-        function: Called once a record; what it raises counts as a failed record.
+        function: Called once for each record with the dict of `as_dict`; a record for which it
+            raises counts as failed.
     """
 
     def set_up(self, function: Callable[[dict[str, Any]], Any]) -> None:
@@ -179,4 +185,5 @@ def _callable_name(function: Callable[..., Any]) -> str:
 
 
 def _clean_name(name: str) -> str:
+    """Return a name as the value of a label: 64 characters at most, ``_`` for unprintable ones."""
     return "".join(character if character.isprintable() else "_" for character in name[:64])

@@ -919,6 +919,13 @@ class StorageContract:
         with pytest.raises(ValueError, match="limit must not be negative, but it is -1"):
             storage.get_sum("sumVisitor", limit=-1)
 
+    def test_errors_are_the_statuses_from_500_to_599(self, storage: Storage) -> None:
+        statuses = [0, 499, 500, 599, 600, 999]
+        storage.write([make_record(status=status) for status in statuses])
+        assert storage.summarize(())[0].errors == 2
+        assert storage.count(status_class="5xx") == 2
+        assert sum(record.is_server_error for record in storage.records()) == 2
+
     # -- pruning --------------------------------------------------------------------------------
 
     def test_prune_deletes_what_is_older_and_says_how_many(self, storage: Storage) -> None:
