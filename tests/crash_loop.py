@@ -24,7 +24,7 @@ from pathlib import Path
 
 import requests
 from helpers.front_door import samples
-from helpers.gunicorn_server import Gunicorn
+from helpers.servers import Gunicorn
 
 OPTIONS = ("-w", "4", "--threads", "2", "--graceful-timeout", "10")
 COUNTERS = (

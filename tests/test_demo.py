@@ -16,7 +16,8 @@ from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
-from helpers.gunicorn_server import Gunicorn, until
+from helpers.process import until
+from helpers.servers import Gunicorn
 
 from flask_usage_metrics import UsageRecord, demo
 from flask_usage_metrics.storage import open_storage

@@ -45,7 +45,7 @@ from prometheus_client.parser import text_string_to_metric_families
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from helpers import databases
-from helpers.gunicorn_server import Gunicorn
+from helpers.servers import Gunicorn
 
 from flask_usage_metrics.storage.sql import SQLStorage
 

@@ -5,26 +5,20 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import socket
 import sqlite3
-import subprocess
 import sys
 import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
 from helpers.front_door import samples
-from helpers.gunicorn_server import until
-
-from flask_usage_metrics import open_storage
-from flask_usage_metrics.storage import Storage
+from helpers.process import need, until
+from helpers.servers import Server
 
 APP = """
 import atexit, os, time
@@ -54,48 +48,15 @@ if __name__ == "__main__":
     run_simple("127.0.0.1", int(sys.argv[1]), app, processes=3)
 """
 
-Launch = Callable[..., "Server"]
+Launch = Callable[..., "Served"]
 
 
-class Server:
-    """A command that serves the app above, in a folder, on a free loopback port.
-
-    Args:
-        folder: Where it runs; the app's files are there.
-        command: Its command line, with ``{port}`` where the port goes.
-        **environment: Added to the environment.
-    """
+class Served(Server):
+    """A command that serves the app above; see `Server`."""
 
     def __init__(self, folder: Path, *command: str, **environment: str) -> None:
-        self.folder = folder
         (folder / "shop.py").write_text(APP)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{self.port}"
-        with (folder / "log").open("a") as log:
-            self.process = subprocess.Popen(
-                [part.format(port=self.port) for part in command],
-                cwd=folder,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PYTHONPATH": str(folder), **environment},
-            )
-        self.known = {self.process.pid}
-
-    def wait_until_it_answers(self) -> None:
-        for _ in range(400):
-            with suppress(OSError):
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            assert self.process.poll() is None, self.log()
-            time.sleep(0.05)
-        raise AssertionError(self.log())
-
-    def get(self, path: str = "/") -> str:
-        response = requests.get(self.address + path, timeout=10)
-        assert response.status_code == 200
-        return response.text
+        super().__init__(folder, *command, **environment)
 
     def visit(self, times: int) -> Counter[str]:
         """Make requests, four at once, each third for a stream; count what each process answered.
@@ -111,34 +72,6 @@ class Server:
     def total(self) -> float:
         return sum(samples(self.get("/metrics"), "flask_usage_requests_total").values())
 
-    def stored(self) -> int:
-        storage = open_storage(f"sqlite:///{self.folder}/usage.sqlite3")
-        assert isinstance(storage, Storage)
-        try:
-            return storage.count()
-        finally:
-            storage.close()
-
-    def children(self) -> list[int]:
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
-
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """End it as a supervisor does; return its exit status."""
-        self.process.send_signal(how)
-        return self.process.wait(15)
-
-    def end_all(self, how: signal.Signals) -> None:
-        """End all its processes at once, as a terminal does."""
-        if self.process.poll() is None:
-            for pid in [*self.children(), self.process.pid]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, how)
-            self.process.wait(15)
-
     def assert_exact(self, expected: int) -> None:
         """Every process answers for all, and the records are the requests."""
         until(self.total, expected)
@@ -150,23 +83,14 @@ class Server:
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
     """Start servers; they are ended in the end."""
-    started: list[Server] = []
+    with ExitStack() as stack:
 
-    def start(*command: str, **environment: str) -> Server:
-        server = Server(tmp_path, *command, **environment)
-        started.append(server)
-        server.wait_until_it_answers()
-        return server
+        def start(*command: str, **environment: str) -> Served:
+            server = Served(tmp_path, *command, **environment)
+            stack.callback(server.end_all)
+            return server
 
-    yield start
-    for server in started:
-        server.end_all(signal.SIGKILL)
-
-
-def need(found: Any, name: str) -> None:
-    """Skip without a server at a desk, fail without it in CI."""
-    if not found:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed")
+        yield start
 
 
 # ------------------------------------------------------------------------ gunicorn, gevent
@@ -192,10 +116,10 @@ def test_a_killed_gevent_worker_takes_nothing_away(launch: Launch) -> None:
     # So long that nothing is folded or written before the kill.
     server = launch(*GEVENT, FLASK_TRACK_USAGE_FLUSH_SECONDS="2")
     server.visit(60)
-    (victim, _) = server.children()
+    (victim, _) = server.workers()
     os.kill(victim, signal.SIGKILL)
-    until(lambda: len(server.children()), 2)
-    until(lambda: victim in server.children(), False)
+    until(lambda: len(server.workers()), 2)
+    until(lambda: victim in server.workers(), False)
     server.visit(21)
     server.assert_exact(81)
 
@@ -230,7 +154,7 @@ def test_uwsgi_counts_and_stores_what_it_answers(
     assert len(server.visit(150)) >= 2
     server.assert_exact(150)
     server.visit(30)
-    workers = server.children()
+    workers = server.workers()
     server.stop(how)
     assert server.stored() == 180
     # It does run what atexit was given, in each worker.
@@ -239,11 +163,13 @@ def test_uwsgi_counts_and_stores_what_it_answers(
 
 def test_a_reload_of_uwsgi_keeps_the_counts(launch: Launch) -> None:
     need(UWSGI.exists(), "uwsgi")
-    server = launch(*MASTER)
+    # That of a wheel is started by Python, and forgets of which virtual environment.
+    program = sys.executable if importlib.util.find_spec("pyuwsgi") else str(UWSGI)
+    server = launch(*MASTER, "--binary-path", program)
     before = set(server.visit(60))
     server.process.send_signal(signal.SIGHUP)
-    until(lambda: bool(before & set(map(str, server.children()))), False)
-    until(lambda: len(server.children()), 3)
+    until(lambda: bool(before & set(map(str, server.workers()))), False)
+    until(lambda: len(server.workers()), 3)
     server.wait_until_it_answers()
     server.visit(30)
     server.assert_exact(90)
@@ -255,7 +181,7 @@ def test_a_killed_uwsgi_worker_takes_nothing_away(launch: Launch) -> None:
     server = launch(*MASTER, FLASK_TRACK_USAGE_FLUSH_SECONDS="2")
     victim = int(max(server.visit(60)))
     os.kill(victim, signal.SIGKILL)
-    until(lambda: victim in server.children(), False)
+    until(lambda: victim in server.workers(), False)
     server.visit(21)
     server.assert_exact(81)
 
@@ -283,7 +209,7 @@ def test_the_very_first_requests_survive_a_kill(launch: Launch) -> None:
     need(importlib.util.find_spec("waitress"), "waitress")
     server = launch(*WAITRESS, SLOW_DISK="1", FLASK_TRACK_USAGE_FLUSH_SECONDS="5")
     server.visit(6)
-    server.end_all(signal.SIGKILL)
+    server.end_all()
     server = launch(*WAITRESS)
     server.get()
     until(server.stored, 7, 3)
@@ -316,7 +242,7 @@ def test_flask_run_goes_on_after_a_reload(launch: Launch) -> None:
     assert server.total() == 60
     shop = server.folder / "shop.py"
     os.utime(shop, (time.time() + 5, time.time() + 5))
-    until(lambda: int(before) in server.children(), False)
+    until(lambda: int(before) in server.workers(), False)
     server.wait_until_it_answers()
     (after,) = server.visit(30)
     assert after != before
@@ -356,9 +282,9 @@ def test_a_worker_that_is_killed_with_what_it_inherited_leaves_it_to_the_next(
     for _ in range(3):
         server.visit(9)
         time.sleep(0.8)  # folded, and not written
-        (worker,) = server.children()
+        (worker,) = server.workers()
         os.kill(worker, signal.SIGKILL)
-        until(lambda worker=worker: server.children() not in ([], [worker]), True)
+        until(lambda worker=worker: server.workers() not in ([], [worker]), True)
     storage.close()
     server.visit(9)
     until(server.stored, 37, 10)

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 from helpers.dashboards import substituted
-from helpers.gunicorn_server import Gunicorn, until
-from helpers.prometheus_server import Prometheus
+from helpers.process import until
+from helpers.prometheus import Prometheus
+from helpers.servers import Gunicorn
 
 from flask_usage_metrics import UsageRecord, demo, open_storage
 from flask_usage_metrics.storage import Storage

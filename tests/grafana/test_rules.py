@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import requests
-from helpers.gunicorn_server import Gunicorn, until
-from helpers.prometheus_server import Prometheus
+from helpers.process import until
+from helpers.prometheus import Prometheus
+from helpers.servers import Gunicorn
 
 from flask_usage_metrics.metrics.names import DESCRIPTIONS
 

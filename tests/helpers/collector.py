@@ -19,6 +19,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from .process import free_port
+
 Attributes = dict[str, Any]
 
 
@@ -55,9 +57,7 @@ class Receiver:
     """
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._address = free.getsockname()
+        self._address = ("127.0.0.1", free_port())
         self.endpoint = f"http://127.0.0.1:{self._address[1]}"
         self.url = f"{self.endpoint}/v1/traces"
         self.status = 200

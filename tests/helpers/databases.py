@@ -11,7 +11,6 @@ import itertools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -23,6 +22,8 @@ import pytest
 import sqlalchemy as sa
 
 from flask_usage_metrics.storage.sql import SQLStorage
+
+from . import process
 
 _serial = itertools.count(1)
 
@@ -42,9 +43,7 @@ class Server:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix=f"{self.kind}-"))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = process.free_port()
         # Neither server runs as root.
         self.is_root = os.getuid() == 0
         if self.is_root:
@@ -113,17 +112,8 @@ class Server:
     def run(self, *command: str | Path) -> None:
         """Run a program of the server, as its user."""
         as_user = ["runuser", "-u", self.user, "--"] if self.is_root else []
-        done = subprocess.run(
-            [*as_user, *map(str, command)],
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, f"{done.stdout}\n{self.log()}"
+        done = process.run(*as_user, *command, folder=self.folder, seconds=120)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{self.log()}"
 
     def log(self) -> str:
         with suppress(OSError):
@@ -160,8 +150,7 @@ class PostgreSQL(Server):
         places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: path.parts[-2])
         found = shutil.which("initdb")
         self.programs = Path(found).parent if found else (places or [Path("/nowhere")])[-1]
-        if not (self.programs / "initdb").exists():
-            missing("postgresql")
+        process.need((self.programs / "initdb").exists(), "postgresql")
         super().__init__()
 
     def set_up(self) -> None:
@@ -209,8 +198,8 @@ class MariaDB(Server):
 
     def __init__(self) -> None:
         found = shutil.which("mariadbd") or "/usr/sbin/mariadbd"
-        if not (Path(found).exists() and shutil.which("mariadb-install-db")):
-            missing("mariadb")
+        is_there = Path(found).exists() and shutil.which("mariadb-install-db")
+        process.need(is_there, "mariadb")
         self.program = found
         super().__init__()
 
@@ -235,35 +224,32 @@ class MariaDB(Server):
 
     def start(self) -> None:
         with (self.folder / "log").open("a") as log:
-            self.process = subprocess.Popen(
-                [
-                    self.program,
-                    "--no-defaults",
-                    *([f"--user={self.user}"] if self.is_root else []),
-                    f"--datadir={self.folder / 'data'}",
-                    "--bind-address=127.0.0.1",
-                    f"--port={self.port}",
-                    f"--socket={self.folder / 'socket'}",
-                    # A server that starts deletes what it takes for its own of an earlier run:
-                    # in a folder they share, the temporary tables of others.
-                    f"--tmpdir={self.folder}",
-                    f"--pid-file={self.folder / 'pid'}",
-                    "--skip-name-resolve",
-                    "--character-set-server=utf8mb4",
-                    "--innodb-flush-log-at-trx-commit=2",
-                    "--innodb-fast-shutdown=2",
-                    *self.options,
-                ],
+            self.process = process.Process(
+                self.program,
+                "--no-defaults",
+                *([f"--user={self.user}"] if self.is_root else []),
+                f"--datadir={self.folder / 'data'}",
+                "--bind-address=127.0.0.1",
+                f"--port={self.port}",
+                f"--socket={self.folder / 'socket'}",
+                # A server that starts deletes what it takes for its own of an earlier run:
+                # in a folder they share, the temporary tables of others.
+                f"--tmpdir={self.folder}",
+                f"--pid-file={self.folder / 'pid'}",
+                "--skip-name-resolve",
+                "--character-set-server=utf8mb4",
+                "--innodb-flush-log-at-trx-commit=2",
+                "--innodb-fast-shutdown=2",
+                *self.options,
+                folder=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=self.folder,
             )
         self.pid = self.process.pid
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
-            ping = ["mariadb-admin", *self._client, "ping"]
-            if subprocess.run(ping, capture_output=True, check=False).returncode == 0:
+            if process.run("mariadb-admin", *self._client, "ping").returncode == 0:
                 return
             time.sleep(0.05)
         raise AssertionError(self.log())
@@ -273,10 +259,6 @@ class MariaDB(Server):
 
     def stop(self, *, immediately: bool = False) -> None:
         self.signal(signal.SIGKILL if immediately else signal.SIGTERM)
-
-
-def missing(package: str) -> None:
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{package} is not installed")
 
 
 @pytest.fixture(scope="session")

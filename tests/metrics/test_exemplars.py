@@ -19,9 +19,10 @@ import pytest
 import requests
 from flask import Flask
 from helpers.front_door import Site
-from helpers.gunicorn_server import Gunicorn, until
-from helpers.prometheus_server import Prometheus
+from helpers.process import until
+from helpers.prometheus import Prometheus
 from helpers.records import START, make_record
+from helpers.servers import Gunicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest as generate_text
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from flask import Flask, abort
 from helpers.front_door import Site
-from helpers.gunicorn_server import Gunicorn
+from helpers.servers import Gunicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import requests
 from helpers.front_door import samples
-from helpers.gunicorn_server import Gunicorn, until
+from helpers.process import until
+from helpers.servers import Gunicorn
 
 from flask_usage_metrics import open_storage
 from flask_usage_metrics.storage import Storage

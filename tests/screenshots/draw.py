@@ -38,8 +38,8 @@ HERE = Path(__file__).parent
 GRAFANA = HERE.parents[1] / "grafana"
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
-from helpers.gunicorn_server import Gunicorn  # noqa: E402
-from helpers.prometheus_server import Prometheus  # noqa: E402
+from helpers.prometheus import Prometheus  # noqa: E402
+from helpers.servers import Gunicorn  # noqa: E402
 
 from flask_usage_metrics import demo  # noqa: E402
 

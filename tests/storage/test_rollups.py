@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from helpers.front_door import Site
-from helpers.gunicorn_server import until
+from helpers.process import until
 from helpers.records import UTC, make_record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

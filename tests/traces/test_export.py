@@ -20,7 +20,8 @@ import pytest
 import requests
 from helpers.collector import Received, Receiver
 from helpers.front_door import Site
-from helpers.gunicorn_server import Gunicorn, until
+from helpers.process import until
+from helpers.servers import Gunicorn
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
 import requests
 
+from .process import need
+from .servers import Server
 
-class Prometheus:
+
+class Prometheus(Server):
     """Prometheus with room for exemplars, in a folder, on a free loopback port.
 
     A missing Prometheus skips the test at a desk, and fails it in CI.
@@ -30,6 +29,8 @@ class Prometheus:
         rules: Files of recording and alert rules; their groups say how often.
     """
 
+    log_name = "prometheus.log"
+
     def __init__(
         self,
         folder: Path,
@@ -39,9 +40,7 @@ class Prometheus:
         rules: Sequence[Path] = (),
     ) -> None:
         binary = shutil.which("prometheus")
-        if binary is None:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)("prometheus is not installed")
-        self.folder = folder
+        need(binary, "prometheus")
         scraped = {
             "job_name": job,
             "metrics_path": path,
@@ -54,47 +53,23 @@ class Prometheus:
             "rule_files": [str(file) for file in rules],
         }
         (folder / "prometheus.yml").write_text(json.dumps(configuration))  # JSON is YAML
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}"
-        with (folder / "prometheus.log").open("a") as log:
-            self.process = subprocess.Popen(
-                [
-                    binary,
-                    f"--config.file={folder / 'prometheus.yml'}",
-                    f"--storage.tsdb.path={folder / 'prometheus'}",
-                    f"--web.listen-address=127.0.0.1:{port}",
-                    "--enable-feature=exemplar-storage",
-                ],
-                cwd=folder,
-                stdout=log,
-                stderr=log,
-            )
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
+        super().__init__(
+            folder,
+            str(binary),
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'prometheus'}",
+            "--web.listen-address=127.0.0.1:{port}",
+            "--enable-feature=exemplar-storage",
+        )
 
-    def __enter__(self) -> Prometheus:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End it, for good after 20 seconds."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(20)
-            finally:
-                self.process.kill()
-                self.process.wait()
-
-    def log(self) -> str:
-        return (self.folder / "prometheus.log").read_text()
+    def wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + 60
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with suppress(requests.RequestException):
+                if requests.get(f"{self.address}/-/ready", timeout=5).ok:
+                    return
+            time.sleep(0.02)
+        raise AssertionError(self.log())
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Return what an instant query finds now: ``{"metric": labels, "value": [time, text]}``."""
@@ -125,14 +100,3 @@ class Prometheus:
         answer = requests.get(f"{self.address}/api/v1/{what}", params=parameters, timeout=10).json()
         assert answer["status"] == "success", answer
         return answer["data"]
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if requests.get(f"{self.address}/-/ready", timeout=5).ok:
-                    return
-            except requests.RequestException:
-                pass
-            time.sleep(0.05)
-        raise AssertionError(self.log())

@@ -1,0 +1,173 @@
+"""Programs that tests run beside themselves: bounded in time, and ended by their own id.
+
+`run` and `run_python` wait for the end; `start` and `start_python` do not. What a program writes is
+in the message of a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+SECONDS = 60.0
+"""How long a program may take, on a busy machine too."""
+
+
+class Done(NamedTuple):
+    """A program that has ended.
+
+    Attributes:
+        returncode: Its exit status; of one that a signal has ended, minus the signal's number.
+        stdout: All it wrote.
+        stderr: Likewise.
+    """
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Process(subprocess.Popen[str]):
+    """A program that runs; ``with`` kills it in the end.
+
+    Args:
+        command: The program and its arguments.
+        folder: Where it runs; None: where the tests do.
+        env: Added to the environment, in which `PYTHONPATH` finds the package and the helpers.
+        **options: Of Popen; its input, its output and its errors are pipes unless said otherwise.
+    """
+
+    def __init__(
+        self,
+        *command: object,
+        folder: Path | None = None,
+        env: dict[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        pipe = subprocess.PIPE
+        super().__init__(
+            list(map(str, command)),
+            cwd=folder,
+            env=environment(**env or {}),
+            text=True,
+            **{"stdin": pipe, "stdout": pipe, "stderr": pipe} | options,
+        )
+
+    def __exit__(self, *raised: Any) -> None:
+        self.kill()
+        super().__exit__(*raised)
+
+    def line(self, seconds: float = SECONDS) -> str:
+        """Return the next line that it writes, without its end; "" if it has closed its output."""
+        assert self.stdout is not None
+        deadline = time.monotonic() + seconds
+        said = b""
+        # Not through the buffer, in which `finish` would not look.
+        while not said.endswith(b"\n"):
+            readable, _, _ = select.select([self.stdout], [], [], deadline - time.monotonic())
+            assert readable, f"nothing in {seconds} seconds but {said!r}"
+            if not (byte := os.read(self.stdout.fileno(), 1)):
+                break
+            said += byte
+        return said.decode().rstrip("\n")
+
+    def finish(self, seconds: float = SECONDS) -> Done:
+        """Close its input, and wait for its end.
+
+        Raises:
+            AssertionError: It has not ended in time; it is killed.
+        """
+        try:
+            out, err = self.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            out, err = self.communicate()
+            raise AssertionError(f"it ran for {seconds} seconds\n{out}\n{err}") from None
+        return Done(self.returncode, out, err)
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 40) -> int:
+        """End it as a supervisor does; return its exit status.
+
+        Raises:
+            AssertionError: It has not ended in time; it is killed.
+        """
+        self.send_signal(how)
+        try:
+            return self.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it ran for {seconds} seconds after {how!r}") from None
+        finally:
+            self.kill()
+            self.wait()
+
+    def children(self) -> list[int]:
+        """Return the ids of the processes that it has started and that run."""
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return this process's environment for a program that may import what the tests import."""
+    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+
+
+def start_python(
+    source: str, *arguments: object, warnings: tuple[str, ...] = ("error",), **options: Any
+) -> Process:
+    """Start a Python program.
+
+    Args:
+        source: Its text, which may be indented.
+        *arguments: Its ``sys.argv[1:]``.
+        warnings: For Python's option ``-W``, each.
+        **options: See `Process`.
+    """
+    flags = [flag for action in warnings for flag in ("-W", action)]
+    return Process(sys.executable, *flags, "-c", textwrap.dedent(source), *arguments, **options)
+
+
+def run_python(source: str, *arguments: object, seconds: float = SECONDS, **options: Any) -> Done:
+    """Run a Python program to its end; see `start_python` and `Process.finish`."""
+    with start_python(source, *arguments, **options) as process:
+        return process.finish(seconds)
+
+
+def run(*command: object, seconds: float = SECONDS, **options: Any) -> Done:
+    """Run a program to its end; see `Process` and `Process.finish`."""
+    with Process(*command, **options) as process:
+        return process.finish(seconds)
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def until(what: Callable[[], object], expected: object, seconds: float = 15.0) -> None:
+    """Wait until a function returns what is expected; fail with what it returns instead."""
+    deadline = time.monotonic() + seconds
+    while (found := what()) != expected:
+        assert time.monotonic() < deadline, f"{found!r} instead of {expected!r}"
+        time.sleep(0.02)
+
+
+def need(found: object, name: str) -> None:
+    """Skip the test at a desk if something was not found, and fail it in CI."""
+    if not found:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed")
