@@ -119,7 +119,7 @@ def test_long_texts_of_strangers_are_not_remembered(make_site: Make, key: str) -
         path = f"/{long}" if key == "path" else f"/{number}"
         site.get(path, headers=headers)
     assert len(site.records()) == 20
-    enricher = site.app.extensions["track_usage"].pipeline._enricher
+    enricher = site.app.extensions["track_usage"].pipeline._processor._enricher
     caches = (enricher._targets, enricher._callers, enricher._referrers)
     remembered = [len(repr(key)) for cache in caches for key in cache.everything()]
     assert max(remembered) < 1000

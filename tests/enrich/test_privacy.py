@@ -104,6 +104,16 @@ def test_balanced_keeps_what_many_share(make_site: Make) -> None:
     site.assert_agrees()
 
 
+def test_two_visitors_whose_kept_addresses_are_the_same_are_two(make_site: Make) -> None:
+    site = tracked(make_site, PRIVACY="balanced", SECRET_KEY="k")
+    for address in ("203.0.113.7", "203.0.113.8", "203.0.113.8"):
+        site.get("/user/ann/reset/x", environ_base={"REMOTE_ADDR": address})
+    records = site.records()
+    assert {record.remote_addr for record in records} == {"203.0.113.0"}
+    assert len({record.visitor for record in records}) == 2
+    site.assert_agrees()
+
+
 def test_strict_keeps_nobody(make_site: Make, caplog: pytest.LogCaptureFixture) -> None:
     site = tracked(make_site, PRIVACY="strict", COOKIE=True)
     assert "they are not told apart" in caplog.text
@@ -300,7 +310,7 @@ def test_a_key_is_destroyed_in_time_though_nobody_comes(make_site: Make) -> None
     state = site.app.config["TRACK_USAGE_STATE_DIR"]
     (file,) = state.glob("*/visitors-*/*.key")
     key = file.read_bytes()
-    keys = site.app.extensions["track_usage"].pipeline._enricher._visitors
+    keys = site.app.extensions["track_usage"].pipeline._processor._enricher._visitors
     due_in = keys.due_in()
     assert due_in is not None
     keys._clock = lambda: time.time() + due_in - 1.0
