@@ -65,7 +65,7 @@ def drain(spool: Spool, at_most: int = 7) -> list[UsageRecord]:
     records: list[UsageRecord] = []
     while batch := spool.peek(at_most):
         records += batch
-        spool.advance(len(batch))
+        spool.ack(len(batch))
     assert len(spool) == 0
     return records
 
@@ -117,7 +117,7 @@ operations = st.lists(
     st.one_of(
         st.tuples(st.just("append"), st.integers(0, 60)),
         st.tuples(st.just("peek"), st.integers(1, 80)),
-        st.tuples(st.just("advance"), st.integers(0, 80)),
+        st.tuples(st.just("ack"), st.integers(0, 80)),
         st.tuples(st.just("reopen"), st.just(0)),
     ),
     max_size=40,
@@ -142,9 +142,9 @@ def test_a_spool_is_a_bounded_queue_that_drops_its_oldest(
                 del expected[:dropped]
             elif operation == "peek":
                 assert spool.peek(number) == expected[:number]
-            elif operation == "advance":
+            elif operation == "ack":
                 number = min(number, len(expected))
-                spool.advance(number)
+                spool.ack(number)
                 del expected[:number]
             else:
                 spool.close()
@@ -220,7 +220,7 @@ def test_a_full_disk_keeps_all_or_none(tmp_path: Path) -> None:
             again = Spool(folder, max_bytes)
             assert again.recover() == len(kept) and again.peek(1000) == kept
             assert again.damaged == 0
-            again.advance(len(kept))
+            again.ack(len(kept))
             again.close()
             assert sizes() == []
     """)
@@ -234,7 +234,7 @@ def test_what_a_killed_process_left_is_recovered_in_front_oldest_first(tmp_path:
             for status in range(100):
                 assert spool.append([make_record(status={number} * 1000 + status)]) == 0
             spool.peek(50)
-            spool.advance(42)
+            spool.ack(42)
             os.kill(os.getpid(), signal.SIGKILL)
         """)
         assert done.returncode == -signal.SIGKILL
@@ -398,15 +398,15 @@ def frame_ends(content: bytes) -> Iterator[int]:
 @settings(max_examples=300, deadline=None)
 @given(damages, st.integers(0, 12), st.booleans())
 def test_a_damaged_file_gives_what_is_before_the_damage_and_nothing_made_up(
-    harm: list[tuple[str, float, bytes]], advanced: int, recovered: bool
+    harm: list[tuple[str, float, bytes]], acked: int, recovered: bool
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         spool = Spool(Path(folder), LARGE)
         records = [make_record(status=status) for status in range(12)]
         spool.append(records)
-        spool.peek(advanced or 1)
-        spool.advance(advanced)
-        if advanced == 12:
+        spool.peek(acked or 1)
+        spool.ack(acked)
+        if acked == 12:
             return
         (path,) = files(Path(folder))
         ends = list(frame_ends(path.read_bytes()))
@@ -416,7 +416,7 @@ def test_a_damaged_file_gives_what_is_before_the_damage_and_nothing_made_up(
         first_bad = damage(path, harm)
         whole = records[: sum(end <= first_bad for end in ends)]
         if not recovered or first_bad >= 20:
-            whole = whole[advanced:]
+            whole = whole[acked:]
         if recovered:
             came = spool.recover()
             assert came == len(spool)
@@ -477,7 +477,7 @@ def test_a_loss_is_counted_once_though_it_is_passed_unread(tmp_path: Path, passe
     (_, file) = files(tmp_path)
     os.truncate(file, 20)
     spool.append([])
-    spool.advance(min(passed, 10))
+    spool.ack(min(passed, 10))
     left = len(drain(spool))
     assert left + spool.take_lost() == 10 - min(passed, 10)
 
@@ -485,19 +485,19 @@ def test_a_loss_is_counted_once_though_it_is_passed_unread(tmp_path: Path, passe
 def test_a_file_that_somebody_removed_first_is_not_recovered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flask_usage_metrics.pipeline.delivery import segment
+    import fcntl
 
     dead = Spool(tmp_path, LARGE)
     dead.append(make_records(3))
     dead.close()
     (file,) = files(tmp_path)
-    flock = segment.fcntl.flock
+    flock = fcntl.flock
 
     def flock_late(descriptor: int, operation: int) -> None:
         file.unlink()
         flock(descriptor, operation)
 
-    monkeypatch.setattr(segment.fcntl, "flock", flock_late)
+    monkeypatch.setattr(fcntl, "flock", flock_late)
     assert Spool(tmp_path, LARGE).recover() == 0
 
 
@@ -652,32 +652,32 @@ def test_more_than_the_bound_drops_the_oldest_and_counts(tmp_path: Path) -> None
     bench = Bench(kept, tmp_path, max_bytes=500_000)
     records = make_records(5000)
     bench.put(records)
-    # The thread tries again meanwhile: what it is offering is decided when it is done.
+    # The thread tries again meanwhile: what is in flight is acked or dropped when it is done.
     assert eventually(lambda: bench.sink_counters.dropped > 4000)
     outage.over.set()
     assert bench.flush()
     fate = bench.fate()
     assert fate == counts(len(kept.records), dropped=5000 - len(kept.records))
     assert 400 < len(kept.records) < 600
-    # A batch may have been written that was being offered as its file was dropped.
+    # A batch that was in flight as its file was dropped may have been written.
     assert kept.records[-400:] == records[-400:]
     assert bench.faults.counts()["sink kept"] > 0
 
 
 def test_a_blocked_storage_overflows_to_the_disk(tmp_path: Path) -> None:
     free = threading.Event()
-    offers = 0
+    deliveries = 0
 
     def block(_batch: Sequence[UsageRecord]) -> None:
-        nonlocal offers
-        offers += 1
+        nonlocal deliveries
+        deliveries += 1
         free.wait(30)
 
     kept = Kept(block)
     bench = Bench(kept, tmp_path)
     records = make_records(3000)
     bench.put(records[:60])
-    assert eventually(lambda: offers == 1)
+    assert eventually(lambda: deliveries == 1)
     assert bench.sink.durable() == 0
     assert files(tmp_path) == []
     bench.put(records[60:])
@@ -692,7 +692,7 @@ def test_a_blocked_storage_overflows_to_the_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ends_well", [True, False])
-def test_what_is_dropped_while_it_is_offered_is_counted_once(
+def test_what_is_dropped_while_it_is_in_flight_is_counted_once(
     tmp_path: Path, ends_well: bool
 ) -> None:
     blocked = threading.Event()

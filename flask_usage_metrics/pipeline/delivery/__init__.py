@@ -1,1 +1,1 @@
-"""From the worker into one storage, through whatever outage."""
+"""From the worker into one storage: queue, spool on disk, retries; each record is accounted for."""

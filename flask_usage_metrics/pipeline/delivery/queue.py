@@ -1,4 +1,4 @@
-"""What waits for one storage, in order: the older part on disk, if there is any, then memory."""
+"""The queue of one sink: in memory, and in the spool once the storage is down or memory full."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SPOOL_PAUSE_SECONDS = 5.0
 
 
 class SinkQueue:
-    """A queue of records, and the counters of what became of them; for one caller at a time.
+    """A queue of records; counts what becomes of each. For one caller at a time.
 
-    As long as nothing is on disk, no disk is touched. What is moved there is all that waits in
-    memory, and while something is there all that comes follows: so the order is kept.
+    The records on disk are the older ones. As long as there are none, no disk is touched; once
+    there are, all that is put follows them there: so the order is kept.
 
-    At any time ``taken + recovered = written + failed + dropped + pending``, but that the counters
-    has also what was refused, and dropped or failed before it came here.
+    At any time ``queued + recovered = written + failed + dropped + pending``; the counters also
+    have the records that were refused, and those dropped or failed before they came here.
 
     Args:
         counters: Where it is counted what became of records.
@@ -32,10 +32,10 @@ class SinkQueue:
         faults: Where failures are reported.
 
     Attributes:
-        received: Records that were ever put.
-        taken: Of these, the ones that were not refused.
-        recovered: Records of other processes that came by way of the spool.
-        in_flight: Records, the oldest, that are being written to the storage.
+        received: How many records were ever put.
+        queued: How many of these were not refused.
+        recovered: How many records of dead processes came by way of the spool.
+        in_flight: How many records, the oldest, are peeked at and neither acked nor nacked.
     """
 
     def __init__(
@@ -48,13 +48,14 @@ class SinkQueue:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self.taken = self.recovered = self.in_flight = 0
+        self.queued = self.recovered = self.in_flight = 0
         self.received = 0
         self._acked = 0
-        # Of what is in_flight, what the spool had to drop meanwhile; not acked yet.
+        # How many of those in flight the spool dropped meanwhile: `ack` or `nack` counts them.
         self._gone = 0
         self._left_on_disk = 0
         self._retry_at = 0.0
+        # Each record with how many were received before it.
         self._memory: deque[tuple[int, UsageRecord]] = deque()
 
     def attach(self, spool: Spool | None) -> None:
@@ -69,8 +70,8 @@ class SinkQueue:
 
     # ------------------------------------------------------------------------ how much there is
 
-    def waits(self) -> bool:
-        """Tell whether there is anything to peek."""
+    def has_records(self) -> bool:
+        """Tell whether there is anything to peek at."""
         return bool(self._memory or self._spool)
 
     def in_memory(self) -> int:
@@ -79,33 +80,33 @@ class SinkQueue:
 
     def pending(self) -> int:
         """Return how many records are not acked, those left on disk included."""
-        return self.taken + self.recovered - self._acked + self._left_on_disk
+        return self.queued + self.recovered - self._acked + self._left_on_disk
 
     def acked(self) -> int:
-        """Return how many of those that were put and not refused, the first ones, are acked.
+        """Return how many of those queued, the oldest, are acked.
 
-        Too few for as long as records that were recovered, and are older, wait.
+        Less than that while there are recovered records, which are older.
         """
         return self._acked - self.recovered
 
     def durable(self) -> int:
-        """Return how many of all that were ever put, the first ones, are acked or on disk."""
+        """Return how many of all that were ever put, the oldest ones, are acked or on disk."""
         return self._memory[0][0] if self._memory else self.received
 
     # ------------------------------------------------------------------------ the new end
 
     def put(self, records: Sequence[UsageRecord]) -> None:
-        """Take records; if there is no room these, or on disk the oldest, are dropped."""
+        """Take records. If memory is full these are dropped, if the spool is, the oldest are."""
         self._memory.extend(zip(count(self.received), records))
         self.received += len(records)
-        self.taken += len(records)
+        self.queued += len(records)
         if self._spool or len(self._memory) > self._capacity:
             self.spill()
         refused = max(len(self._memory) - self._capacity, 0)
         if refused:
             for _ in range(refused):
                 self._memory.pop()
-            self.taken -= refused
+            self.queued -= refused
             self._dropped(refused)
 
     def spill(self, *, again: bool = False) -> None:
@@ -125,7 +126,7 @@ class SinkQueue:
             self._report(error, "records wait in memory, or are dropped")
             return
         self._memory.clear()
-        # What is being written is the oldest: whether it is lost is known when that is over.
+        # Records in flight are the oldest; whether those are lost is known when they are acked.
         gone = min(dropped, self.in_flight - self._gone)
         self._gone += gone
         if dropped > gone:
@@ -133,7 +134,7 @@ class SinkQueue:
             self._dropped(dropped - gone)
 
     def release(self) -> None:
-        """Leave what is on disk to whoever recovers it first, also this process; not in a peek."""
+        """Leave what is on disk to whoever recovers it first, also this process; none in flight."""
         if self._spool is not None:
             left = len(self._spool)
             self._spool.close()
@@ -143,7 +144,7 @@ class SinkQueue:
     # ------------------------------------------------------------------------ the old end
 
     def recover(self) -> None:
-        """Take what dead processes left on disk, as the oldest; not in a peek."""
+        """Take what dead processes left on disk, as the oldest records; none in flight."""
         if self._spool is None:
             return
         damaged = self._spool.damaged
@@ -160,7 +161,11 @@ class SinkQueue:
         self.recovered += came - returned
 
     def peek(self, at_most: int) -> list[UsageRecord]:
-        """Return the oldest records, which are now to be acked or withdrawn."""
+        """Return the oldest records, which are in flight now: each is to be acked or nacked.
+
+        Returns:
+            At most as many as asked for, which may be fewer than wait; none if none waits.
+        """
         batch: list[UsageRecord] = []
         if self._spool:
             batch = self._spool.peek(at_most)
@@ -175,14 +180,19 @@ class SinkQueue:
         return batch
 
     def ack(self, written: int, failed: int) -> None:
-        """Forget the oldest of the records that are in_flight: this is what became of them."""
+        """Remove the oldest of the records in flight.
+
+        Args:
+            written: How many of them were written.
+            failed: How many can never be written.
+        """
         number = written + failed
-        # Those that are in_flight may have been moved to the disk since they were.
+        # They may have been moved to the disk meanwhile.
         if self._spool or self._gone:
             gone = min(number, self._gone)
             self._gone -= gone
             if self._spool is not None:
-                self._spool.advance(number - gone)
+                self._spool.ack(number - gone)
         else:
             for _ in range(number):
                 self._memory.popleft()
@@ -191,7 +201,7 @@ class SinkQueue:
         self._counters.add(written=written, failed=failed)
 
     def nack(self) -> None:
-        """End the peek: what was not acked waits on, unless there was no room meanwhile."""
+        """Have the records in flight wait again, but those the spool has dropped meanwhile."""
         if self._gone:
             self._acked += self._gone
             self._dropped(self._gone)

@@ -1,8 +1,7 @@
-"""One file of a spool: a header, then records as frames; its lock tells that somebody has it."""
+"""One file of a spool: a header, then records as frames; locked by the process that has it."""
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import struct
@@ -15,14 +14,10 @@ from pathlib import Path
 import msgspec
 
 from flask_usage_metrics.records.record import UsageRecord
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows
-    fcntl = None  # type: ignore[assignment]
+from flask_usage_metrics.runtime.private_files import is_still, open_private, try_lock
 
 _MAGIC = b"fum-sp1\n"
-_PROGRESS = struct.Struct("<QI")  # offset of the oldest record that waits, and its checksum
+_PROGRESS = struct.Struct("<QI")  # offset of the oldest record not acked, and its checksum
 HEADER_BYTES = len(_MAGIC) + _PROGRESS.size
 _FRAME = struct.Struct("<II")  # length and checksum of the JSON that follows
 _CHUNK_BYTES = 256 * 1024
@@ -34,15 +29,20 @@ _decode = msgspec.json.Decoder(UsageRecord).decode
 
 
 class Segment:
-    """The file; for one caller at a time, and locked by one process.
+    """An open file of records, the oldest first; for one caller at a time.
+
+    Args:
+        path: The file.
+        descriptor: Of the file, opened.
+        recovered: Whether another process made it.
 
     Attributes:
         path: The file.
         descriptor: Of the file, opened.
         recovered: Whether another process made it.
-        size: Offset of the end of the last frame.
-        count: How many records wait.
-        ahead: The oldest of them, as far as they were read, each with the offset of its end.
+        size: Offset of the end of the last frame, in bytes.
+        count: How many records are not acked.
+        ahead: The oldest of these, as far as they were read, each with the offset of its end.
     """
 
     def __init__(self, path: Path, descriptor: int, *, recovered: bool) -> None:
@@ -54,60 +54,93 @@ class Segment:
         self.ahead: deque[tuple[int, UsageRecord]] = deque()
         self._read = HEADER_BYTES
 
+    @classmethod
+    def create(cls, path: Path) -> Segment:
+        """Make a file, which is to be locked next and given a header.
+
+        Raises:
+            OSError: It cannot be made, or exists.
+        """
+        return cls(path, open_private(path, exclusive=True), recovered=False)
+
+    @classmethod
+    def recover(cls, path: Path) -> Segment | None:
+        """Open and lock the file of a dead process, which is to be scanned next.
+
+        Returns:
+            None if its process lives, another has recovered it, or it is no segment of this user.
+        """
+        try:
+            # Not blocking: it may be a pipe, which somebody put there.
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            segment = cls(path, os.open(path, flags), recovered=True)
+        except OSError:
+            return None
+        if segment.is_ours() and segment.lock():
+            # Only now does nobody write there.
+            segment.size = os.fstat(segment.descriptor).st_size
+            return segment
+        segment.close()
+        return None
+
     def close(self) -> None:
         """Close the file; it is unlocked when no forked child has it open either."""
         os.close(self.descriptor)
 
     def lock(self) -> bool:
-        """Take the lock, which closing gives back; return False if another process has it."""
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return self._is_at_path()
+        """Take the lock, which closing gives back.
 
-    def _is_at_path(self) -> bool:
-        """Tell whether the file is still what its path names, or another process removed it."""
-        try:
-            return os.path.samestat(self.path.lstat(), os.fstat(self.descriptor))
-        except OSError:
-            return False
+        Returns:
+            False if another process has it, or has removed the file.
+        """
+        return try_lock(self.descriptor) and is_still(self.path, self.descriptor)
 
     # ------------------------------------------------------------------------ writing
 
-    def begin(self) -> None:
-        """Write the header."""
+    def write_header(self) -> None:
+        """Write the header: only now others can tell that it is a segment."""
         _write_all(self.descriptor, _MAGIC + _progress(HEADER_BYTES), 0)
         self.size = HEADER_BYTES
 
     def append(self, frames: Sequence[bytes]) -> None:
-        """Write frames; may release a part of them behind the end, if it fails."""
+        """Write frames behind the last one.
+
+        Args:
+            frames: As `encode_frame` returns them.
+
+        Raises:
+            OSError: A part of them may be behind the end of the last frame, which stands.
+        """
         data = b"".join(frames)
         _write_all(self.descriptor, data, self.size)
         self.size += len(data)
         self.count += len(frames)
 
-    def shorten(self, size: int, count: int) -> None:
-        """Go back to an earlier end."""
+    def rollback(self, size: int, count: int) -> None:
+        """Take back what was appended since the segment had this size and count."""
         self.size, self.count = size, count
         # What cannot be cut off is written over by the next frame.
         with suppress(OSError):
             os.ftruncate(self.descriptor, size)
 
-    def advance(self, count: int) -> None:
-        """Pass records that are in `ahead`."""
+    def ack(self, count: int) -> None:
+        """Remove the oldest records, which must be in `ahead`; the file has it written down."""
         if not count:
             return
-        passed = [self.ahead.popleft() for _ in range(count)]
+        acked = [self.ahead.popleft() for _ in range(count)]
         self.count -= count
-        # If it cannot be noted, they come again after a crash.
+        # If the disk fails, they come again after a crash.
         with suppress(OSError):
-            _write_all(self.descriptor, _progress(passed[-1][0]), len(_MAGIC))
+            _write_all(self.descriptor, _progress(acked[-1][0]), len(_MAGIC))
 
     # ------------------------------------------------------------------------ reading
 
     def read_ahead(self, at_most: int) -> int:
-        """Have at least so many records in `ahead`, or all; return how many proved lost."""
+        """Read so that `ahead` has at least as many records, or all there are.
+
+        Returns:
+            How many records cannot be read; they are not counted any more.
+        """
         wanted = min(at_most, self.count)
         if len(self.ahead) >= wanted:
             return 0
@@ -119,70 +152,39 @@ class Segment:
                     return 0
         lost = self.count - len(self.ahead)
         self.count = len(self.ahead)
-        # Behind what cannot be read others may be appended.
+        # Records that are appended behind the damage can be read.
         self._read = self.size
         return lost
 
     def is_ours(self) -> bool:
-        """Tell whether a spool of this user made the file; one that has no header yet is not."""
+        """Tell whether a spool of this user made the file; without a header it did not."""
         found = os.fstat(self.descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
             return False
         return _read(self.descriptor, len(_MAGIC), 0) == _MAGIC
 
-    def survey(self) -> bool:
-        """Find out what waits in a file of another process; return whether all can be read."""
-        noted = _read(self.descriptor, _PROGRESS.size, len(_MAGIC))
+    def scan(self) -> bool:
+        """Count the records not acked in a recovered file; return whether all of it can be read."""
+        progress = _read(self.descriptor, _PROGRESS.size, len(_MAGIC))
         whole = HEADER_BYTES
         for end, data in _frames(self.descriptor, HEADER_BYTES, self.size):
             self.count += 1
             whole += _FRAME.size + len(data)
             # Believed only if it is where a record ends.
-            if noted == _progress(end):
+            if progress == _progress(end):
                 self._read = end
                 self.count = 0
         return whole == self.size
 
 
-def open_new(path: Path) -> Segment:
-    """Make a file, which is to be locked and begun.
-
-    Raises:
-        OSError: It cannot be made, or exists.
-    """
-    return Segment(path, _open(path, os.O_CREAT | os.O_EXCL), recovered=False)
-
-
-def take_over(path: Path) -> Segment | None:
-    """Open and lock a file that a dead process left; return None if it is not such a file."""
-    try:
-        segment = Segment(path, _open(path, 0), recovered=True)
-    except OSError:
-        return None
-    if segment.is_ours() and segment.lock():
-        # Only now does nobody write there.
-        segment.size = os.fstat(segment.descriptor).st_size
-        return segment
-    segment.close()
-    return None
-
-
 def encode_frame(record: UsageRecord) -> bytes:
-    """Return a record as it is written.
+    """Return a record as a frame: length, checksum, JSON.
 
     Raises:
         Exception: JSON cannot hold it.
     """
     data = _encode(record)
     return _FRAME.pack(len(data), zlib.crc32(data)) + data
-
-
-def _open(path: Path, flags: int) -> int:
-    if fcntl is None:  # pragma: no cover - Windows
-        raise OSError(errno.ENOTSUP, "this system has no flock")
-    # Not blocking: it may be a pipe, which somebody put there.
-    flags |= os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    return os.open(path, flags, 0o600)
 
 
 def _progress(offset: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What waits on disk for a storage that is down: bounded, in order, outlives the process."""
+"""The spool: records on disk, in order and bounded, while a storage is down; outlives a kill."""
 
 from __future__ import annotations
 
@@ -12,19 +12,13 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from flask_usage_metrics.pipeline.delivery.segment import (
-    HEADER_BYTES,
-    Segment,
-    encode_frame,
-    open_new,
-    take_over,
-)
+from flask_usage_metrics.pipeline.delivery.segment import HEADER_BYTES, Segment, encode_frame
 from flask_usage_metrics.records.record import UsageRecord
 
 _SEGMENTS = 16
 _SEGMENT_BYTES = 64 * 1024 * 1024
 _HELD_SEGMENTS = 64
-"""More files than this are not recovered before some are done with: each is an open descriptor."""
+"""With more files than this none is recovered: each is an open descriptor."""
 
 _NAME = re.compile(r"[0-9]{20}-[0-9a-f]{8}\.spool")
 
@@ -36,23 +30,23 @@ class Spool:
     process ends, the kernel gives its locks back, which tells the others what they may recover.
 
     Nothing is synced to the disk: a crash of the process loses nothing, one of the machine may.
-    What was advanced past is noted in the file; after a crash at worst a few come twice.
+    Acks are written to the file; after a crash at worst a few records come twice.
 
     Args:
-        folder: Where the files are: of this queue alone, and of nobody but this user, which is
-            not checked here. It is made by the first `append`; nothing is touched before that or
-            the first `recover`.
+        folder: Where the files are: of this queue alone, and of this user alone, which is not
+            checked here. It is made by the first `append`; nothing is touched before that or the
+            first `recover`.
         max_bytes: Size of all files that this process made or recovered, at most; what is given to
             one `append` comes on top for a moment.
 
     Attributes:
-        damaged: How many files were found so far that cannot be read as a whole.
+        damaged: How many files were found so far that cannot be read in full.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
-        # The least that can be dropped.
+        # A file is the least that can be dropped.
         self._segment_bytes = min(max_bytes // _SEGMENTS, _SEGMENT_BYTES)
         self._forget()
 
@@ -84,7 +78,7 @@ class Spool:
     # ------------------------------------------------------------------------ the new end
 
     def append(self, records: Sequence[UsageRecord]) -> int:
-        """Keep records behind all others; beyond the bound the oldest are dropped, a file at once.
+        """Add the newest records; beyond the bound the oldest are dropped, a whole file at once.
 
         Returns:
             How many were dropped, of those kept before or of the given ones; a record that cannot
@@ -93,7 +87,7 @@ class Spool:
         Raises:
             OSError: Of the given records none was kept, and none was dropped for them.
         """
-        # At most every second file is less than half full, so that there are twice as many.
+        # No two neighbouring files are both less than half full: there are twice as many at most.
         room = self._max_bytes - 2 * _SEGMENTS * HEADER_BYTES
         frames: list[bytes] = []
         for record in records:
@@ -101,7 +95,7 @@ class Spool:
                 frame = encode_frame(record)
                 if len(frame) <= room:
                     frames.append(frame)
-        # What would have to be dropped at once is not written first; nor does anything older stay.
+        # Records that would be dropped at once are not written; then nothing older stays either.
         kept = 0
         for frame in reversed(frames):
             room -= len(frame)
@@ -137,7 +131,7 @@ class Spool:
             for segment in self._segments[made:]:
                 self._remove(segment)
             if tail:
-                tail.shorten(size, count)
+                tail.rollback(size, count)
             raise
 
     def _own_tail(self) -> Segment | None:
@@ -155,12 +149,12 @@ class Spool:
         # Names are in the order of writing, even if the clock is set back.
         self._named = max(time.time_ns(), self._named + 1)
         path = self._folder / f"{self._named:020d}-{secrets.token_hex(4)}.spool"
-        segment = open_new(path)
+        segment = Segment.create(path)
         self._segments.append(segment)
         try:
             if not segment.lock():
                 raise BlockingIOError(errno.EAGAIN, "another process looks at the file")
-            segment.begin()
+            segment.write_header()
         except BaseException:
             self._remove(segment)
             raise
@@ -169,9 +163,9 @@ class Spool:
     # ------------------------------------------------------------------------ the old end
 
     def peek(self, at_most: int) -> list[UsageRecord]:
-        """Return the oldest records, which stay; empty only if none waits.
+        """Return the oldest records, which stay; empty only if there are none.
 
-        Records that cannot be read any more are taken out, see `take_lost`.
+        Records that cannot be read any more are removed, see `take_lost`.
         """
         records: list[UsageRecord] = []
         for segment in list(self._segments):
@@ -184,16 +178,16 @@ class Spool:
                 self._remove(segment)
         return records
 
-    def advance(self, count: int) -> None:
-        """Take out the oldest records, which there must be so many of."""
+    def ack(self, count: int) -> None:
+        """Remove the oldest records, of which there must be as many."""
         while count:
             segment = self._segments[0]
-            # They were peeked at, unless they were in_flight from memory and came here meanwhile.
+            # They are read already, unless they were in memory when they were peeked at.
             lost = self._read_ahead(segment, count)
-            passed = min(count, segment.count)
-            segment.advance(passed)
-            count -= passed
-            # What nobody can read needs not be read any more.
+            acked = min(count, segment.count)
+            segment.ack(acked)
+            count -= acked
+            # Of records that are acked it does not matter that they cannot be read.
             unneeded = min(count, lost)
             self._lost -= unneeded
             count -= unneeded
@@ -208,7 +202,7 @@ class Spool:
         return lost
 
     def take_lost(self) -> int:
-        """Return how many records, counted before, could not be read, since the last call."""
+        """Return how many records could not be read since the last call; `len` had counted them."""
         lost, self._lost = self._lost, 0
         return lost
 
@@ -225,10 +219,10 @@ class Spool:
     # ------------------------------------------------------------------------ what others left
 
     def recover(self) -> int:
-        """Take over, in front of all own records, what dead processes left.
+        """Take what dead processes left, in front of all own records.
 
-        As much as there is room for below the bound, but one file at least if nothing waits.
-        Files that are not a spool's, or belong to somebody else, are not touched.
+        It takes as much as there is room for below the bound, but one file at least if there are
+        no records. Files that are no segments, or another user's, are not touched.
 
         Returns:
             How many records came.
@@ -248,13 +242,13 @@ class Spool:
                 continue
             if len(self._segments) + len(came) >= _HELD_SEGMENTS:
                 break
-            segment = take_over(self._folder / name)
+            segment = Segment.recover(self._folder / name)
             if segment is None:
                 continue
             if size and size + segment.size > self._max_bytes:
                 segment.close()
                 break
-            self.damaged += not segment.survey()
+            self.damaged += not segment.scan()
             came.append(segment)
             size += segment.size
         recovered = [segment for segment in self._segments if segment.recovered]
