@@ -105,20 +105,14 @@ def make_sinks(
     return sinks
 
 
-def join_totals(totals: Totals, app: Flask, settings: Settings, writers: Sequence[Writer]) -> str:
-    """Return a name for the app, the same in all its processes, that no other app has."""
-    if totals.state is None:
-        places = (
-            default_places(Path(app.instance_path))
-            if settings.state_dir is None
-            else [Path(settings.state_dir)]
-        )
-        totals.state = StateDir(places, f"{app.name} {app.import_name} {app.root_path}")
-    # What was meant for one storage must not come to another.
-    storages = " ".join(writer.identity for writer in writers)
-    key = f"{app.name} {len(totals.apps)} {storages}"
-    totals.apps.append(key)
-    return key
+def make_state_dir(app: Flask, settings: Settings) -> StateDir:
+    """Return where the app's processes keep what they share."""
+    places = (
+        default_places(Path(app.instance_path))
+        if settings.state_dir is None
+        else [Path(settings.state_dir)]
+    )
+    return StateDir(places, f"{app.name} {app.import_name} {app.root_path}")
 
 
 class Visitors(NamedTuple):

@@ -55,7 +55,7 @@ class Tracking:
         self.pipeline = pipeline
         self.traces = traces
         self.faults = faults
-        # As `metrics.totals` reads gauges.
+        # A `GaugeSource`.
         self.drain = pipeline.drain
         self.pending = pipeline.pending
         self.up = pipeline.up

@@ -22,9 +22,9 @@ from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.extension.parts import (
     configure_storages,
-    join_totals,
     make_pseudonyms,
     make_sinks,
+    make_state_dir,
     make_traces,
     make_visitors,
     make_writers,
@@ -88,7 +88,9 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
     exposition = Exposition(given.registry, collector, settings.metrics_token, faults)
     if settings.metrics_path is not None:
         _add_route(app, settings.metrics_path, lambda: exposition.answer(request))
-    key = join_totals(collector.totals, app, settings, writers)
+    key = collector.totals.join(
+        app.name, [writer.identity for writer in writers], make_state_dir(app, settings)
+    )
     pseudonyms = make_pseudonyms(app, collector.totals, faults)
     configure_storages(writers, settings, pseudonyms)
     policy = Policy(

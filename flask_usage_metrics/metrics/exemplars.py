@@ -9,8 +9,8 @@ import msgspec
 
 from flask_usage_metrics.records.record import UsageRecord
 
-Row = list[bytes]
-"""The packed exemplar of each bucket of a series; empty where there is none."""
+BucketExemplars = list[bytes]
+"""The packed exemplar of each bucket of a series; ``b""`` where there is none."""
 
 _IDS = re.compile(r"[0-9a-fA-F]{32} [0-9a-fA-F]{16}")
 _TRACE_DIGITS = 32
@@ -37,7 +37,7 @@ class Exemplar(msgspec.Struct, frozen=True):
 
 
 def pack(record: UsageRecord) -> bytes:
-    """Return the exemplar of a record, packed; empty if its ids are not those of a span."""
+    """Return the exemplar of a record, packed; ``b""`` if its ids are not those of a span."""
     ids = f"{record.trace_id} {record.span_id}"
     if not _IDS.fullmatch(ids):
         return b""
@@ -46,12 +46,12 @@ def pack(record: UsageRecord) -> bytes:
 
 
 def unpack(packed: bytes) -> Exemplar:
-    """Return what was packed."""
+    """Return a packed exemplar; `packed` must not be empty."""
     ended, ids, value = _LAYOUT.unpack(packed)
     digits = ids.hex()
     return Exemplar(digits[:_TRACE_DIGITS], digits[_TRACE_DIGITS:], value, round(ended, 3))
 
 
-def newest(one: Row | None, other: Row) -> Row:
-    """Return the newer exemplar of each bucket, in a new row."""
+def newest(one: BucketExemplars | None, other: BucketExemplars) -> BucketExemplars:
+    """Return the newer exemplar of each bucket, in a new list."""
     return list(other) if one is None else [*map(max, one, other)]

@@ -1,17 +1,10 @@
-"""Every Prometheus name, label and bound of the package."""
+"""The Prometheus names of the package: metric families, labels, label values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import accumulate
-from operator import itemgetter
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
-
-from flask_usage_metrics.metrics.exemplars import Row
-from flask_usage_metrics.metrics.objectives import Objective
-from flask_usage_metrics.records.summary import BUCKETS
 
 REQUEST_LABELS = ("method", "endpoint", "status", "country")
 LABELS = (
@@ -37,17 +30,19 @@ OTHER_METHOD = OTHER_STATUS = "_OTHER"
 UNMATCHED = "__unmatched__"
 UNKNOWN_COUNTRY = "ZZ"
 FOLDED = "__other__"
+"""Label value of all that a full table of series has no room to keep apart."""
 
 Kind = Literal["counter", "gauge", "histogram"]
 
 
 class Description(msgspec.Struct, frozen=True):
-    """What is always the same about a metric family.
+    """The metadata of a metric family.
 
     Attributes:
         name: As Prometheus sees it; a counter's with ``_total``.
+        kind: Its type.
         help: One sentence.
-        labels: Names before `Shape.label_names` renames them.
+        labels: Names of the labels, before `Shape.label_names` renames them.
     """
 
     name: str
@@ -148,7 +143,7 @@ WORKERS = Description(
 SHARED = Description(
     "flask_usage_totals_shared",
     "gauge",
-    "0 if this worker has siblings whose totals are missing here, else 1.",
+    "0 if totals of other workers of this server are missing here, else 1.",
 )
 JOURNALED = Description(
     "flask_usage_journaled",
@@ -182,92 +177,3 @@ DESCRIPTIONS = (
     BUILD_INFO,
 )
 """All families, in the order they are exposed in."""
-
-
-class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """What apps on one registry must agree on.
-
-    Attributes:
-        max_series: Label sets of the request families, before folding.
-        histogram_labels: Labels of the histogram, some of `REQUEST_LABELS` in their order.
-        buckets: Upper bounds of the latency buckets in seconds, ascending.
-        label_names: New names of labels, by their own.
-        objectives: What each request is held against.
-    """
-
-    max_series: int = 10_000
-    histogram_labels: tuple[str, ...] = REQUEST_LABELS
-    buckets: tuple[float, ...] = BUCKETS
-    label_names: dict[str, str] = {}
-    objectives: tuple[Objective, ...] = ()
-
-
-class LabelSet:
-    """The label values of one series, and their text in an exposition.
-
-    Attributes:
-        values: Clean values, in the order of the family's labels.
-        text: ``name="value",...``, escaped, in UTF-8.
-    """
-
-    __slots__ = ("text", "values")
-
-    def __init__(self, names: Iterable[str], values: tuple[str, ...]) -> None:
-        self.values = values
-        pairs = zip(names, values, strict=True)
-        self.text = ",".join(f'{name}="{_escape(value)}"' for name, value in pairs).encode()
-
-
-BLOCK = 32
-"""So many series of a table are encoded together, and again when one of them changed.
-
-Half as many make the first scrape a tenth slower, twice as many those after 50 series changed by
-half.
-"""
-
-Kept = dict[tuple[str, bool], Any]
-"""What a block of series looks like, compressed: by family, and whether in OpenMetrics."""
-
-
-class Family(msgspec.Struct, frozen=True):
-    """A family at one moment.
-
-    Attributes:
-        labels: Names of the labels, renamed.
-        series: Labels of each series.
-        rows: What is counted of each series; of a histogram that is for each bucket the count of
-            what is in it alone, and the sum in seconds.
-        kept: For each `BLOCK` of series, what an encoder keeps of it. When one of them changes,
-            the next moment has another dictionary in its place.
-        exemplars: By the label values of those series of a histogram that have any.
-        value: Takes the value of a counter or gauge from its row.
-        buckets: Upper bounds in seconds of a histogram.
-    """
-
-    description: Description
-    labels: tuple[str, ...]
-    series: list[LabelSet] = []
-    rows: list[list[int | float]] = []
-    kept: list[Kept] = []
-    exemplars: dict[tuple[str, ...], Row] = {}
-    value: Callable[[list[int | float]], float] = itemgetter(0)
-    buckets: tuple[float, ...] = ()
-
-    @property
-    def samples(self) -> list[tuple[LabelSet, float]]:
-        """The value of each series of a counter or gauge."""
-        values = map(self.value, self.rows)
-        return [*zip(self.series, values, strict=True)]
-
-    @property
-    def histograms(self) -> list[tuple[LabelSet, list[int], float]]:
-        """For each series the cumulative counts by bucket, and the sum in seconds."""
-        return [
-            (labels, [*accumulate(map(int, row[:-1]))], float(row[-1]))
-            for labels, row in zip(self.series, self.rows, strict=True)
-        ]
-
-
-def _escape(value: str) -> str:
-    """Escape a label's value; text format and OpenMetrics agree on how."""
-    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import msgspec
 
-from flask_usage_metrics.metrics.exemplars import Row, newest
+from flask_usage_metrics.metrics.exemplars import BucketExemplars, newest
+from flask_usage_metrics.metrics.families import LabelValues, Numbers
+from flask_usage_metrics.metrics.gauges import Gauges
 from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.processes import is_alive, started
 from flask_usage_metrics.runtime.shared_database import SharedDatabase
 
-Numbers = list[int | float]
-Key = tuple[str, tuple[str, ...]]
+SeriesKey = tuple[str, LabelValues]
 """Name of a family, and the label values of one of its series."""
 
 _SCHEMA = (
@@ -35,24 +36,8 @@ _SCHEMA = (
 
 _to_json = msgspec.json.Encoder().encode
 _numbers = msgspec.json.Decoder(Numbers).decode
-_labels = msgspec.json.Decoder(tuple[str, ...]).decode
-_row = msgspec.json.Decoder(Row).decode
-
-
-class Gauges(msgspec.Struct, frozen=True):
-    """The gauges of one worker at one moment.
-
-    Attributes:
-        in_progress: Requests being answered.
-        pending: For each sink, records that it has yet to write, drop or reject.
-        up: For each sink, whether its last write went well.
-        journaled: Whether captured requests survive a kill of the process.
-    """
-
-    in_progress: int
-    pending: dict[str, int]
-    up: dict[str, bool]
-    journaled: bool
+_labels = msgspec.json.Decoder(LabelValues).decode
+_buckets = msgspec.json.Decoder(BucketExemplars).decode
 
 
 class Changes(NamedTuple):
@@ -63,8 +48,8 @@ class Changes(NamedTuple):
         exemplars: The newest of all workers.
     """
 
-    sums: dict[Key, Numbers]
-    exemplars: dict[Key, Row]
+    sums: dict[SeriesKey, Numbers]
+    exemplars: dict[SeriesKey, BucketExemplars]
 
 
 class SharedTotals:
@@ -92,8 +77,8 @@ class SharedTotals:
 
     def __init__(self, path: Path) -> None:
         self._database = SharedDatabase(path, _SCHEMA, stays_open=True)
-        self.merged: dict[Key, Numbers] = {}
-        self.exemplars: dict[Key, Row] = {}
+        self.merged: dict[SeriesKey, Numbers] = {}
+        self.exemplars: dict[SeriesKey, BucketExemplars] = {}
         self.workers: dict[int, Gauges] = {}
         self._last_change = 0
         self._last_opening = 0
@@ -101,10 +86,10 @@ class SharedTotals:
 
     def sync(
         self,
-        new: Mapping[Key, Numbers],
+        new: Mapping[SeriesKey, Numbers],
         commits: Mapping[str, int],
         gauges: Gauges,
-        exemplars: Mapping[Key, Row] = {},
+        exemplars: Mapping[SeriesKey, BucketExemplars] = {},
     ) -> Changes:
         """Add what is new here, and read what others added.
 
@@ -128,7 +113,7 @@ class SharedTotals:
             last_change = 0 if is_new else self._last_change
             theirs = _read_series(connection, last_change)
             newer = self._newer(_read_exemplars(connection, last_change), exemplars)
-            written: Mapping[Key, Numbers] = new
+            written: Mapping[SeriesKey, Numbers] = new
             if is_refilled:
                 for key, numbers in self.merged.items():
                     theirs[key] = _larger(numbers, theirs.get(key))
@@ -204,27 +189,29 @@ class SharedTotals:
         """Close the file; the next sync opens it again."""
         self._database.close()
 
-    def _newer(self, *found: Mapping[Key, Row]) -> dict[Key, Row]:
+    def _newer(
+        self, *found: Mapping[SeriesKey, BucketExemplars]
+    ) -> dict[SeriesKey, BucketExemplars]:
         """Return the series that were found, each bucket with the newest that is known now."""
-        newer: dict[Key, Row] = {}
+        newer: dict[SeriesKey, BucketExemplars] = {}
         for rows in found:
             for key, row in rows.items():
                 newer[key] = newest(newer.get(key) or self.exemplars.get(key), row)
         return newer
 
 
-def _read_series(connection: sqlite3.Connection, since: int) -> dict[Key, Numbers]:
+def _read_series(connection: sqlite3.Connection, since: int) -> dict[SeriesKey, Numbers]:
     rows = connection.execute(
         "SELECT family, labels, numbers FROM series WHERE changed > ?", (since,)
     )
     return {(family, _labels(labels)): _numbers(numbers) for family, labels, numbers in rows}
 
 
-def _read_exemplars(connection: sqlite3.Connection, since: int) -> dict[Key, Row]:
+def _read_exemplars(connection: sqlite3.Connection, since: int) -> dict[SeriesKey, BucketExemplars]:
     rows = connection.execute(
         "SELECT family, labels, packed FROM exemplar WHERE changed > ?", (since,)
     )
-    return {(family, _labels(labels)): _row(packed) for family, labels, packed in rows}
+    return {(family, _labels(labels)): _buckets(packed) for family, labels, packed in rows}
 
 
 def _living_workers(connection: sqlite3.Connection) -> dict[int, Gauges]:

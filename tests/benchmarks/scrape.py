@@ -38,7 +38,8 @@ from werkzeug.test import EnvironBuilder, run_wsgi_app
 from flask_usage_metrics import TrackUsage
 from flask_usage_metrics.enrich.country.answer import ISO_CODES
 from flask_usage_metrics.metrics.exposition.collector import collector_of
-from flask_usage_metrics.metrics.names import DURATION, REQUEST_LABELS, REQUESTS, Shape
+from flask_usage_metrics.metrics.names import DURATION, REQUEST_LABELS, REQUESTS
+from flask_usage_metrics.metrics.shape import Shape
 
 # To be run by itself, too.
 sys.path.insert(0, str(Path(__file__).parent.parent))

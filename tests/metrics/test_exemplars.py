@@ -32,7 +32,7 @@ from werkzeug.serving import make_server
 from flask_usage_metrics import TrackUsage, UsageRecord, open_storage
 from flask_usage_metrics.metrics.exposition.collector import UsageCollector, collector_of
 from flask_usage_metrics.metrics.exposition.text import blocks_of, encode
-from flask_usage_metrics.metrics.names import Shape
+from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.metrics.totals import Totals
 from flask_usage_metrics.storage import Storage
 
@@ -278,7 +278,7 @@ def test_a_forked_child_starts_with_none(totals: Totals) -> None:
 SIBLING = """
 import os, signal, sys
 from pathlib import Path
-from flask_usage_metrics.metrics.names import Shape
+from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.metrics.totals import Totals
 from test_exemplars import add, numbers, traced
 

@@ -24,10 +24,12 @@ from werkzeug.test import Client
 
 from flask_usage_metrics import ConfigError, TrackUsage
 from flask_usage_metrics.metrics.exposition.collector import UsageCollector
-from flask_usage_metrics.metrics.exposition.gzip_stream import GzipStream, Piece
+from flask_usage_metrics.metrics.exposition.gzip_stream import CompressedText, GzipStream
 from flask_usage_metrics.metrics.exposition.text import blocks_of, compress, encode
 from flask_usage_metrics.metrics.exposition.view import prefers_openmetrics
-from flask_usage_metrics.metrics.names import BLOCK, DESCRIPTIONS, REQUEST_LABELS, Shape
+from flask_usage_metrics.metrics.families import BLOCK
+from flask_usage_metrics.metrics.names import DESCRIPTIONS, REQUEST_LABELS
+from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.metrics.totals import Totals
 
 PROMETHEUS = (
@@ -134,10 +136,10 @@ def unpacked(packed: bytes) -> bytes:
 
 
 @given(st.lists(st.lists(st.integers(0, 9)), max_size=4), st.lists(st.binary(), min_size=10))
-def test_pieces_can_be_used_again_in_any_order(
+def test_compressed_texts_can_be_used_again_in_any_order(
     streams: list[list[int]], texts: list[bytes]
 ) -> None:
-    made: dict[int, Piece] = {}
+    made: dict[int, CompressedText] = {}
     for places in streams:
         stream = GzipStream()
         for place in places:
@@ -184,10 +186,10 @@ class TestManySeries:
         before = totals.families()[0]
         compress(blocks_of([before], openmetrics=False))
         # The last, which is short, is made anew each time.
-        assert [len(kept) for kept in before.kept] == [1] * 10 + [0]
+        assert [len(cache) for cache in before.caches] == [1] * 10 + [0]
         self.visit(totals, [3 * BLOCK, 3 * BLOCK + 1, 7 * BLOCK - 1])
         after = totals.families()[0]
-        same = [now is then for now, then in zip(after.kept, before.kept, strict=True)]
+        same = [now is then for now, then in zip(after.caches, before.caches, strict=True)]
         assert [place for place, is_same in enumerate(same) if not is_same] == [3, 6]
         assert before.samples[3 * BLOCK][1] == 1
         assert after.samples[3 * BLOCK][1] == 2
@@ -198,7 +200,7 @@ class TestManySeries:
         text = compress(blocks_of(found, openmetrics=False, names={name}))
         lines = gzip.decompress(text).decode().splitlines()
         assert {line.split("{")[0].split()[0] for line in lines if line[0] != "#"} == {name}
-        assert not any(kept for family in found for kept in family.kept)
+        assert not any(cache for family in found for cache in family.caches)
 
     @pytest.mark.parametrize("is_shared", [False, True], ids=["alone", "shared"])
     def test_a_scrape_shows_one_moment(

@@ -18,12 +18,14 @@ from pathlib import Path
 import pytest
 from helpers.records import START, make_record
 
-from flask_usage_metrics.metrics.exemplars import Row, pack
-from flask_usage_metrics.metrics.shared_totals import Gauges, Key, Numbers, SharedTotals
+from flask_usage_metrics.metrics.exemplars import BucketExemplars, pack
+from flask_usage_metrics.metrics.families import Numbers
+from flask_usage_metrics.metrics.gauges import Gauges
+from flask_usage_metrics.metrics.shared_totals import SeriesKey, SharedTotals
 
 GAUGES = Gauges(0, {}, {}, True)
-A: Key = ("requests", ("GET", "a"))
-B: Key = ("requests", ("GET", "b"))
+A: SeriesKey = ("requests", ("GET", "a"))
+B: SeriesKey = ("requests", ("GET", "b"))
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def break_it(path: Path, how: str) -> None:
         other.replace(path)
 
 
-def insist(files: list[SharedTotals], new: dict[Key, Numbers]) -> None:
+def insist(files: list[SharedTotals], new: dict[SeriesKey, Numbers]) -> None:
     """Offer until all have taken it; in turns, as workers do: one may wait for another to close."""
     waiting = list(files)
     for _ in range(5):
@@ -125,10 +127,12 @@ def test_sums_are_exact_under_concurrent_visits(path: Path) -> None:
     def work(seed: int) -> None:
         rng = random.Random(seed)
         file = SharedTotals(path)
-        last: dict[Key, Numbers] = {}
+        last: dict[SeriesKey, Numbers] = {}
         for _ in range(60):
             counts = {rng.choice(names): rng.randrange(1, 9) for _ in range(rng.randrange(4))}
-            new: dict[Key, Numbers] = {("requests", ("GET", n)): [c] for n, c in counts.items()}
+            new: dict[SeriesKey, Numbers] = {
+                ("requests", ("GET", n)): [c] for n, c in counts.items()
+            }
             while True:
                 try:
                     file.sync(new, {}, GAUGES)
@@ -156,7 +160,8 @@ def test_sums_are_exact_among_processes_that_are_killed(path: Path) -> None:
     script = """
 import sqlite3, sys, time
 from pathlib import Path
-from flask_usage_metrics.metrics.shared_totals import Gauges, SharedTotals
+from flask_usage_metrics.metrics.gauges import Gauges
+from flask_usage_metrics.metrics.shared_totals import SharedTotals
 file = SharedTotals(Path(sys.argv[1]))
 number = 0
 while True:
@@ -315,7 +320,9 @@ def exemplar(second: float) -> bytes:
     return pack(make_record(started_at=began, trace_id="1" * 32, span_id="2" * 16))
 
 
-def observe(file: SharedTotals, exemplars: dict[Key, Row]) -> dict[Key, Row]:
+def observe(
+    file: SharedTotals, exemplars: dict[SeriesKey, BucketExemplars]
+) -> dict[SeriesKey, BucketExemplars]:
     """Visit as a worker does: an exemplar comes with the count of its series."""
     file.sync({key: [1] for key in exemplars}, {}, GAUGES, exemplars)
     return file.exemplars
@@ -351,12 +358,12 @@ class TestExemplars:
     def test_all_agree_on_the_newest_whoever_comes_when(self, path: Path) -> None:
         rng = random.Random(7)
         files = [SharedTotals(path) for _ in range(3)]
-        expected: dict[Key, Row] = {}
+        expected: dict[SeriesKey, BucketExemplars] = {}
         for step in range(200):
             if step % 50 == 49:
                 break_it(path, "removed")
                 insist(files, {})
-            key: Key = ("requests", ("GET", rng.choice("abc")))
+            key: SeriesKey = ("requests", ("GET", rng.choice("abc")))
             row = [exemplar(rng.randrange(1000)) if rng.random() < 0.5 else b"" for _ in "123"]
             observe(rng.choice(files), {key: row})
             expected[key] = [*map(max, expected.get(key, row), row)]

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from flask_usage_metrics import ConfigError, TrackUsage
-from flask_usage_metrics.metrics.names import Shape
+from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.metrics.totals import Totals
 
 
@@ -247,7 +247,7 @@ def test_junk_methods_are_not_remembered() -> None:
     totals = Totals(Shape(max_series=50), "1")
     totals.add([make_record(method=f"JUNK{number}") for number in range(1000)], {})
     totals.add([make_record(country=f"{number:02}") for number in range(1000)], {})
-    assert len(totals._known) == 49
+    assert len(totals._counts._labels.known) == 49
     assert sum(counts(totals).values()) == 2000
 
 

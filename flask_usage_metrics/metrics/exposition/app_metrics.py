@@ -1,4 +1,4 @@
-"""A registry as all workers together see it: client_python's files merged, processes summed."""
+"""The app's own client_python metrics, of all workers together: files merged, processes summed."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _GARBAGE_COLLECTOR = frozenset(
 )
 
 
-class Source(Protocol):
-    """What can be encoded: the part of `CollectorRegistry` that encoders and filters need."""
+class ReadableRegistry(Protocol):
+    """The part of `CollectorRegistry` that encoders and the filter by name need."""
 
     def collect(self) -> Iterable[Metric]:
         """Return the families."""
         ...
 
     def restricted_registry(self, names: Iterable[str]) -> Collector:
-        """Return what offers only the samples of these names."""
+        """Return a collector of the samples of these names only."""
         ...
 
 
 def merged_registry(
     registry: CollectorRegistry, files: MultiprocessFiles | None, pids: Sequence[int]
-) -> Source:
+) -> ReadableRegistry:
     """Return a registry as all workers together see it.
 
     A family that is in the files is taken from there only: the registry's own holds the part of
@@ -42,7 +42,7 @@ def merged_registry(
 
     Args:
         registry: Of this process.
-        files: Where the workers' metrics are; None: they share none.
+        files: The metrics that the workers share; None: they share none.
         pids: Of all live workers, this one among them; may be empty when unknown.
 
     Returns:
@@ -79,12 +79,14 @@ def process_metrics(pids: Iterable[int]) -> Iterator[Metric]:
             found.setdefault(metric.name, metric)
             measured.setdefault(metric.name, []).extend(sample.value for sample in metric.samples)
     for name, metric in found.items():
-        fold = min if name == "process_start_time_seconds" else sum
+        combine = min if name == "process_start_time_seconds" else sum
         make = CounterMetricFamily if metric.type == "counter" else GaugeMetricFamily
-        yield make(name, metric.documentation, value=fold(measured[name]))
+        yield make(name, metric.documentation, value=combine(measured[name]))
 
 
 class _MergedRegistry:
+    """A registry of this process, merged with the files and processes of all workers."""
+
     def __init__(
         self, registry: CollectorRegistry, files: MultiprocessFiles | None, pids: Sequence[int]
     ) -> None:
@@ -98,7 +100,7 @@ class _MergedRegistry:
     def restricted_registry(self, names: Iterable[str]) -> Collector:
         return _Restricted(self, frozenset(names))
 
-    def restricted(self, names: frozenset[str]) -> Iterator[Metric]:
+    def collect_restricted(self, names: frozenset[str]) -> Iterator[Metric]:
         """Yield the families that have samples of these names, with these only."""
         for metric in self._merge(self._registry.restricted_registry(names)):
             samples = [sample for sample in metric.samples if sample.name in names]
@@ -134,9 +136,11 @@ class _MergedRegistry:
 
 
 class _Restricted(Collector):
+    """Some samples of a merged registry, by name."""
+
     def __init__(self, whole: _MergedRegistry, names: frozenset[str]) -> None:
         self._whole = whole
         self._names = names
 
     def collect(self) -> Iterator[Metric]:
-        return self._whole.restricted(self._names)
+        return self._whole.collect_restricted(self._names)

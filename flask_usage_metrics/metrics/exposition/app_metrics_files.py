@@ -1,4 +1,4 @@
-"""What client_python's multiprocess mode has written for the app's own metrics, merged."""
+"""Merges the files of client_python's multiprocess mode, which hold the app's own metrics."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class MultiprocessFiles(Collector):
     reading of its files. Empty the folder before the server starts, as client_python says.
 
     Args:
-        folder: What ``PROMETHEUS_MULTIPROC_DIR`` says.
-        faults: Where left out files are reported, as part ``"multiprocess"``.
+        folder: Value of ``PROMETHEUS_MULTIPROC_DIR``.
+        faults: Where files that are left out are reported, as part ``"multiprocess"``.
     """
 
     def __init__(self, folder: str, faults: Faults) -> None:
@@ -94,7 +94,7 @@ class MultiprocessFiles(Collector):
         yield from merge.metrics()
 
     def report(self, error: BaseException | str, consequence: str) -> None:
-        """Report what cannot be merged; see `Faults.report`."""
+        """Report that something cannot be merged; see `Faults.report`."""
         self._faults.report("multiprocess", error, consequence)
 
     def _names(self) -> list[str]:
@@ -118,7 +118,7 @@ class _Damaged(Exception):
 _Point = tuple[float, float]
 """A value, and when a gauge was set to it in Unix seconds (0: not said).
 
-As struct returns it: giving it names costs as much as all the rest of reading a file.
+As struct returns it: see "Figures behind the code" in tests/benchmarks/README.md.
 """
 
 
@@ -152,7 +152,7 @@ def _last(_: _Point, b: _Point) -> _Point:
     return b
 
 
-_FOLDS: dict[str, Callable[[_Point, _Point], _Point]] = {
+_COMBINE: dict[str, Callable[[_Point, _Point], _Point]] = {
     "sum": _sum,
     "min": _min,
     "max": _max,
@@ -181,20 +181,20 @@ class _Merge:
             _Damaged: One of the keys is not client_python's; nothing was added.
         """
         # A mode that is unknown is younger than this code; client_python takes them so, too.
-        mode = mode if mode in _FOLDS else "all"
+        mode = mode if mode in _COMBINE else "all"
         series = self._series.setdefault(kind, {})
         for key, _ in entries:
             if key not in series:
                 series[key] = _parse_key(kind, key)
-        # Folded by the bytes of the key, because taking keys apart is most of the cost.
+        # Combined by the bytes of the key: to parse keys is most of the cost.
         points = self._points.setdefault((kind, mode, process if mode == "all" else ""), {})
-        fold = _FOLDS[mode]
+        combine = _COMBINE[mode]
         for key, point in entries:
             known = points.get(key)
-            points[key] = point if known is None else fold(known, point)
+            points[key] = point if known is None else combine(known, point)
 
     def metrics(self) -> Iterator[Metric]:
-        """Yield what was added."""
+        """Yield the families of all that was added."""
         metrics: dict[str, Metric] = {}
         groups: dict[str, _Groups] = {}
         for (kind, mode, process), points in self._points.items():
@@ -213,7 +213,7 @@ class _Merge:
                 # The same series has two keys when its help text was changed.
                 known = group.get((series.sample, series.bound))
                 group[series.sample, series.bound] = (
-                    point if known is None else _FOLDS[mode](known, point)
+                    point if known is None else _COMBINE[mode](known, point)
                 )
         for name, metric in metrics.items():
             for labels, group in groups.get(name, {}).items():
@@ -245,10 +245,10 @@ def _add_samples(metric: Metric, labels: dict[str, str], group: _Group) -> None:
 
 
 def _parse_key(kind: str, key: bytes) -> _Series:
-    """Return what a key says: JSON of family, sample, labels and help text.
+    """Parse a key: JSON of family, sample, labels and help text.
 
     Raises:
-        _Damaged: It says nothing that makes sense.
+        _Damaged: It is not a key of client_python's.
     """
     try:
         family, sample, labels, help_text = json.loads(key)

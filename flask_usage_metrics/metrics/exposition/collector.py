@@ -20,7 +20,8 @@ from prometheus_client.utils import floatToGoString
 
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.metrics.exemplars import unpack
-from flask_usage_metrics.metrics.names import Family, Shape
+from flask_usage_metrics.metrics.families import Family
+from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.metrics.totals import Totals
 
 _Bucket = tuple[str, float] | tuple[str, float, Exemplar]
@@ -31,7 +32,7 @@ class UsageCollector(Collector):
     """Offers the totals of a registry's apps to client_python.
 
     Attributes:
-        totals: What is offered.
+        totals: The totals.
     """
 
     def __init__(self, totals: Totals) -> None:
@@ -39,17 +40,17 @@ class UsageCollector(Collector):
         self._muted = threading.local()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the families with their samples, after folding what the apps have buffered."""
+        """Yield the families with their samples, after processing what the apps have buffered."""
         if not getattr(self._muted, "on", False):
             yield from map(_metric, self.totals.families())
 
     def describe(self) -> Iterator[Metric]:
-        """Yield the families without samples, so that names are checked when we register."""
+        """Yield the families without samples: a registry checks their names."""
         return map(_metric, self.totals.descriptions())
 
     @contextmanager
     def muted(self) -> Iterator[None]:
-        """Offer nothing to this thread: ours are written by our own encoder, the rest by theirs."""
+        """Collect nothing in this thread meanwhile: our own encoder writes our families."""
         self._muted.on = True
         try:
             yield
@@ -92,19 +93,19 @@ def number(value: float) -> str:
 
 
 def _metric(family: Family) -> Metric:
-    described = family.description
-    if described.kind == "histogram":
-        histogram = HistogramMetricFamily(described.name, described.help, labels=family.labels)
+    description = family.description
+    if description.kind == "histogram":
+        histogram = HistogramMetricFamily(description.name, description.help, labels=family.labels)
         bounds = [*map(number, family.buckets), "+Inf"]
         for labels, counts, seconds in family.histograms:
             buckets: list[_Bucket] = [*zip(bounds, map(float, counts), strict=True)]
-            for place, packed in enumerate(family.exemplars.get(labels.values, ())):
+            for index, packed in enumerate(family.exemplars.get(labels.values, ())):
                 if packed:
-                    buckets[place] = (bounds[place], float(counts[place]), _exemplar(packed))
+                    buckets[index] = (bounds[index], float(counts[index]), _exemplar(packed))
             histogram.add_metric(labels.values, buckets, seconds)
         return histogram
-    make = CounterMetricFamily if described.kind == "counter" else GaugeMetricFamily
-    metric = make(described.name, described.help, labels=family.labels)
+    make = CounterMetricFamily if description.kind == "counter" else GaugeMetricFamily
+    metric = make(description.name, description.help, labels=family.labels)
     for labels, value in family.samples:
         metric.add_metric(labels.values, value)
     return metric

@@ -32,13 +32,13 @@ class Exposition:
     """Answers scrapes of one registry.
 
     Args:
-        registry: What is exposed; metrics of the app's own are in it too.
-        collector: Ours, in that registry.
+        registry: The registry, with the app's own metrics.
+        collector: Of our families, in that registry.
         token: Bearer token a scrape must show; None: everybody may read.
         faults: Where a failing collector of the app's own is reported.
 
     The app's own client_python metrics of all workers are merged in where
-    ``PROMETHEUS_MULTIPROC_DIR`` is set, and process metrics of sibling workers added up.
+    ``PROMETHEUS_MULTIPROC_DIR`` is set, and process metrics of all workers of the server added up.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Exposition:
         return metrics_app
 
     def _blocks(self, openmetrics: bool, names: Collection[str]) -> Iterator[Block]:
-        """Yield the registry as text, after folding what the apps have buffered.
+        """Yield the registry as text, after processing what the apps have buffered.
 
         Args:
             openmetrics: In the OpenMetrics format instead of Prometheus' text format.
@@ -96,17 +96,17 @@ class Exposition:
         yield Block(lambda: _EOF if openmetrics else b"")
 
     def _encode_theirs(self, openmetrics: bool, names: Collection[str]) -> bytes:
-        """Return what else is in the registry; nothing if a collector of the app's own fails."""
+        """Return all other families of the registry; none if a collector of the app's own fails."""
         generate: Callable[[Collector], bytes]
         generate = generate_openmetrics if openmetrics else generate_text
         pids = self._collector.totals.workers()
-        source = merged_registry(self._registry, self._files, pids)
-        try:
-            with self._collector.muted():
-                encoded = generate(source.restricted_registry(names) if names else source)
-        except Exception as error:  # noqa: BLE001 - a collector is anybody's
-            self._faults.report("exposition", error, "only our own metrics are exposed")
-            return b""
+        registry = merged_registry(self._registry, self._files, pids)
+        encoded = b""
+        with (
+            self._faults.caught("exposition", "only our own metrics are exposed"),
+            self._collector.muted(),
+        ):
+            encoded = generate(registry.restricted_registry(names) if names else registry)
         return encoded.removesuffix(_EOF)
 
     def _may_read(self, request: Request) -> bool:

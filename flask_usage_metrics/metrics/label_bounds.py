@@ -1,0 +1,119 @@
+"""Label values are bounded here: unknown ones become _OTHER or ZZ, too many are folded."""
+
+from __future__ import annotations
+
+from flask_usage_metrics.metrics.families import LabelValues
+from flask_usage_metrics.metrics.names import (
+    FOLDED,
+    METHODS,
+    OTHER_METHOD,
+    OTHER_STATUS,
+    REQUEST_LABELS,
+    UNKNOWN_COUNTRY,
+    UNMATCHED,
+)
+from flask_usage_metrics.metrics.series import Series, Table
+from flask_usage_metrics.metrics.shape import Shape
+
+Combination = tuple[str, str | None, int, str | None, str]
+"""Method, endpoint, status, country and client of a record."""
+
+RequestSeries = tuple[Series, Series, Series, Series]
+"""The series that a request counts in: of requests, durations, sizes and clients."""
+
+_STATUSES = {status: str(status) for status in range(100, 600)}
+
+
+class LabelBounds:
+    """Finds the series that a request counts in, and bounds how many there are.
+
+    A table that is full folds labels that were not seen before into ``__other__``: of a request the
+    country first, then the endpoint. Each fold is counted.
+
+    Args:
+        shape: Its bound, and the labels of the histogram.
+        requests: By method, endpoint, status and country.
+        durations: By some of these; the same table if by all.
+        sizes: By endpoint.
+        clients: By kind of client, of which there are few.
+        overflow: Folds, by label.
+
+    Attributes:
+        known: The series of combinations that were found before; `Shape.max_series` at most.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        requests: Table,
+        durations: Table,
+        sizes: Table,
+        clients: Table,
+        overflow: Table,
+    ) -> None:
+        self.known: dict[Combination, RequestSeries] = {}
+        self._max_known = shape.max_series
+        self._picked = [REQUEST_LABELS.index(label) for label in shape.histogram_labels]
+        self._requests = requests
+        self._durations = durations
+        self._sizes = sizes
+        self._clients = clients
+        self._overflow = overflow
+        for label in ("country", "endpoint", "exception", "consumer"):
+            overflow.new_numbers((label,))
+
+    def find(self, key: Combination) -> RequestSeries:
+        """Return the series of a combination that is not in `known`, and add it if possible.
+
+        A combination has the same series for ever, unless a full table folded something: that is
+        counted each time, and ends when another worker knows the series.
+        """
+        method, endpoint, status, country, client = key
+        values = (
+            method if method in METHODS else OTHER_METHOD,
+            UNMATCHED if endpoint is None else endpoint,
+            _STATUSES.get(status, OTHER_STATUS),
+            country or UNKNOWN_COUNTRY,
+        )
+        requests = self._requests.series.get(values) or self._first_seen(values)
+        durations = requests
+        if self._durations is not self._requests:
+            observed = tuple([requests.values[index] for index in self._picked])
+            durations = self._durations.find(observed)
+        sizes = self._sizes.fit(values[1:2], (FOLDED,))
+        found = (requests, durations, sizes, self._clients.find((client,)))
+        is_exact = (requests.values, sizes.values) == (values, values[1:2])
+        # Clients choose methods, and apps numbers of status: there is no end of them.
+        is_usual = method in METHODS and status in _STATUSES
+        if is_exact and is_usual and len(self.known) < self._max_known:
+            self.known[key] = found
+        return found
+
+    def count(self, table: Table, label: str, values: LabelValues, folded: LabelValues) -> None:
+        """Count one in a series, or in the folded one if it is not known and the table is full.
+
+        Args:
+            table: The table.
+            label: The label that is folded.
+            values: Label values of the series.
+            folded: Label values of the folded one.
+        """
+        series = table.fit(values, folded)
+        if series.values != values:
+            self._overflow.new_numbers((label,))[0] += 1
+        (series.new or series.start())[0] += 1
+
+    def _first_seen(self, values: tuple[str, str, str, str]) -> Series:
+        """Return the series for labels of a request that were not seen before."""
+        table = self._requests
+        if not table.is_full():
+            return table.find(values)
+        method, endpoint, status, _ = values
+        self._overflow.new_numbers(("country",))[0] += 1
+        values = (method, endpoint, status, FOLDED)
+        # Some room beyond the bound keeps the endpoints apart for a while longer.
+        if values not in table.series and table.is_full(spare=table.bound // 10):
+            self._overflow.new_numbers(("endpoint",))[0] += 1
+            values = (method, FOLDED, status, FOLDED)
+        return table.find(values)
