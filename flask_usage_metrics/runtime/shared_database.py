@@ -33,10 +33,9 @@ class SharedDatabase:
         path: The file; None: a database in memory, which no other process sees.
         schema: Statements that make those tables that do not exist yet.
         stays_open: Whether the connection stays open between transactions, with a write-ahead log,
-            or is closed after each, which costs 0.1 ms. A file that a process and its forked
-            children both use must not stay open: SQLite would take the parent's locks for the
-            child's, and what the child writes is lost when the parent closes its connection
-            (seen with SQLite 3.40).
+            or is closed after each. A file that a process and its forked children both use must not
+            stay open: SQLite would take the parent's locks for the child's, and what the child
+            writes is lost when the parent closes its connection (seen with SQLite 3.40).
 
     Attributes:
         openings: How often a connection was opened. If it is not what it was at the last
