@@ -15,6 +15,7 @@ from flask import Flask, got_request_exception, request, request_finished
 from flask_usage_metrics.capture.exchange import Exchange
 from flask_usage_metrics.capture.observer import Observer
 from flask_usage_metrics.capture.track_var import TRACK_VAR
+from flask_usage_metrics.runtime.forks import FORKS
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -49,6 +50,7 @@ class Middleware:
         if getattr(app.wsgi_app, "__func__", None) is not Flask.wsgi_app:
             # What lies between us and Flask may call start_response when the context is gone.
             request_finished.connect(self._on_finished, app)
+        FORKS.register(self)
 
     # A method instead of __call__, which is slower to call: see tests/benchmarks/README.md.
     def wsgi_app(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -79,7 +81,6 @@ class Middleware:
 
     def reset_after_fork(self) -> None:
         """Start anew in a forked child, whose first request is still to come."""
-        self.observer.reset_after_fork()
         self._is_started = False
         self._notice = None
 

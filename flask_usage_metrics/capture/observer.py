@@ -12,6 +12,7 @@ from flask_usage_metrics.capture.context import ContextReader
 from flask_usage_metrics.capture.scope import Scope
 from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.forks import FORKS
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -36,7 +37,17 @@ class Observer:
         live: Exchanges that have not ended, of requests that are tracked or not.
     """
 
-    __slots__ = ("_app", "context_reader", "faults", "headers", "live", "lose", "scope", "submit")
+    __slots__ = (
+        "__weakref__",
+        "_app",
+        "context_reader",
+        "faults",
+        "headers",
+        "live",
+        "lose",
+        "scope",
+        "submit",
+    )
 
     def __init__(
         self,
@@ -57,6 +68,7 @@ class Observer:
         self.headers = headers
         self.faults = faults
         self.live: set[Exchange] = set()
+        FORKS.register(self)
 
     def in_progress(self) -> int:
         """Return the number of tracked requests that have not been answered yet."""

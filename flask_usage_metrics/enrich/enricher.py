@@ -32,6 +32,7 @@ from flask_usage_metrics.records.ids import NUMBER_BITS, record_ids
 from flask_usage_metrics.records.observation import ENVIRON_KEYS, Observation, Origin
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.caches import TwoGenerationCache
+from flask_usage_metrics.runtime.forks import FORKS
 
 _LATEST = 253_402_300_799.0  # the last second of the year 9999, the last one that datetime has
 
@@ -146,6 +147,7 @@ class Enricher:
             self._referrer, lambda key: len(key[0])
         )
         self._take_identity()
+        FORKS.register(self)
 
     def _take_identity(self) -> None:
         self.origin = Origin(
@@ -304,10 +306,8 @@ class Enricher:
     # ------------------------------------------------------------------------ life of the parts
 
     def reset_after_fork(self) -> None:
-        """Start anew in a forked child: an origin of its own, and none of its parent's threads."""
+        """Take an identity of its own in a forked child."""
         self._take_identity()
-        self._country_lookup.reset_after_fork()
-        self._visitors.reset_after_fork()
 
     def maintain(self) -> None:
         """Destroy the keys of visitors that are due, here and on disk; it never raises."""

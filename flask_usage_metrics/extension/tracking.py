@@ -75,14 +75,6 @@ class Tracking:
                 return writer
         raise RuntimeError("none of the app's storages can be read")
 
-    def reset_after_fork(self) -> None:
-        """Start anew in a forked child: locks, threads, and what the parent will write."""
-        self.faults.reset_after_fork()
-        self.pipeline.reset_after_fork()
-        self.middleware.reset_after_fork()
-        if self.traces is not None:
-            self.traces.tracing.reset_after_fork()
-
 
 def tracking_of(app: Flask) -> Tracking | None:
     """Return what tracks an app; None: nothing does."""

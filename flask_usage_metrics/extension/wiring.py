@@ -38,7 +38,6 @@ from flask_usage_metrics.pipeline.pipeline import Pipeline
 from flask_usage_metrics.pipeline.processing import Processor
 from flask_usage_metrics.pipeline.worker_group import WorkerGroup
 from flask_usage_metrics.runtime.faults import Faults
-from flask_usage_metrics.runtime.forks import FORKS
 
 METRICS_ENDPOINT = "track_usage_metrics"
 
@@ -181,8 +180,6 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
     )
     keep(app, tracking)
     collector.totals.watch(tracking, faults)
-    FORKS.register(collector.totals)
-    FORKS.register(tracking)
 
 
 def _add_route(app: Flask, path: str, view: Callable[[], Response]) -> None:

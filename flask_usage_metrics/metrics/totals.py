@@ -28,6 +28,7 @@ from flask_usage_metrics.metrics.shared_totals import SharedTotals
 from flask_usage_metrics.metrics.sink_counters import SinkCounters
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.state_dir import StateDir
 
@@ -70,6 +71,7 @@ class Totals:
         self._sink_counters: list[SinkCounters] = []
         self._faults: list[Faults] = []
         self.reset_after_fork()
+        FORKS.register(self)
 
     def reset_after_fork(self) -> None:
         """Start at zero: the parent process keeps counting its own."""

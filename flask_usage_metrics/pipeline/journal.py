@@ -8,6 +8,7 @@ from itertools import islice
 
 from flask_usage_metrics.pipeline.journal_file import JournalFile, encode, escape_surrogates
 from flask_usage_metrics.records.observation import Observation
+from flask_usage_metrics.runtime.forks import FORKS
 
 NumberedObservation = tuple[int, Observation]
 """A sequence number, counted from 1 in each process, and the observation that has it."""
@@ -26,6 +27,7 @@ class Journal:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._start_anew()
+        FORKS.register(self)
 
     def _start_anew(self) -> None:
         self._lock = threading.Lock()

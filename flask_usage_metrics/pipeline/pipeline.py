@@ -13,6 +13,7 @@ from flask_usage_metrics.pipeline.processing import METRICS_SINK, Processor
 from flask_usage_metrics.pipeline.worker import WorkerThread
 from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.forks import FORKS
 
 _GRACE_SECONDS = 0.05
 _DRAIN_SECONDS = 1.0
@@ -53,6 +54,7 @@ class Pipeline:
             flush_seconds=flush_seconds, idle_seconds=idle_seconds, faults=faults
         )
         self._start_anew()
+        FORKS.register(self)
 
     def _start_anew(self) -> None:
         self._lock = threading.Lock()
@@ -61,11 +63,8 @@ class Pipeline:
 
     def reset_after_fork(self) -> None:
         """Forget what the parent process will process and write."""
-        self._processor.reset_after_fork()
         self._worker.reset_after_fork()
         self._start_anew()
-        for sink in self._sinks:
-            sink.reset_after_fork()
 
     # ------------------------------------------------------------------------ in the request
 

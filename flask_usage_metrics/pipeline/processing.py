@@ -21,6 +21,7 @@ from flask_usage_metrics.pipeline.yielding import yielding
 from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.forks import FORKS
 
 METRICS_SINK = "metrics"
 """Value of the label ``sink`` for the totals behind the metrics themselves."""
@@ -75,6 +76,7 @@ class Processor:
         accepts: dict[str, Accepts | None] = {sink.name: sink.accepts for sink in sinks}
         self.losses = Losses({METRICS_SINK: None, **accepts})
         self._start_anew()
+        FORKS.register(self)
 
     def _start_anew(self) -> None:
         self.is_open = self.is_shared = False
@@ -88,12 +90,7 @@ class Processor:
 
     def reset_after_fork(self) -> None:
         """Forget what the parent process will process."""
-        self._journal.reset_after_fork()
         self._checkpoints.release()
-        self._worker_group.reset_after_fork()
-        self._enricher.reset_after_fork()
-        if self._tally is not None:
-            self._tally.reset_after_fork()
         self.losses.reset_after_fork()
         self._start_anew()
 

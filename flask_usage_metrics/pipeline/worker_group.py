@@ -12,6 +12,7 @@ from flask_usage_metrics.pipeline.delivery.spool import Spool
 from flask_usage_metrics.pipeline.journal_file import JournalFile
 from flask_usage_metrics.records.observation import Origin
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.processes import process_key, server_key
 from flask_usage_metrics.runtime.server_runs import ServerRun, dead_runs, remove_run
@@ -47,6 +48,7 @@ class WorkerGroup:
         self._totals = totals
         self._faults = faults
         self._start_anew()
+        FORKS.register(self)
 
     def _start_anew(self) -> None:
         self._server_run: ServerRun | None = None

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from flask_usage_metrics.runtime.forks import FORKS
+
 logger = logging.getLogger("flask_usage_metrics")
 
 QUIET_SECONDS = 300.0
@@ -26,6 +28,7 @@ class Faults:
         self._lock = threading.Lock()
         self._counts: dict[str, int] = {}
         self._logged_at: dict[tuple[str, str], float] = {}
+        FORKS.register(self)
 
     def report(self, part: str, error: BaseException | str, consequence: str) -> None:
         """Count a fault, and log it unless one of its kind was logged lately.

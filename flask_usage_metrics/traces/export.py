@@ -16,6 +16,7 @@ from opentelemetry import trace
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY
 
 from flask_usage_metrics.errors import ConfigError, StorageUnavailable
+from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.traces.live import SCOPE
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class TraceExport:
         self._own: _OwnProvider | None = None
         if provider is None and exporter is None and not _is_configured():
             _exporter_class()
+        FORKS.register(self)
 
     def provider(self) -> trace.TracerProvider:
         """Return the provider, the same one for the life of the process."""

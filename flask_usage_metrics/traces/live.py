@@ -12,6 +12,7 @@ from opentelemetry.propagators.textmap import Getter
 
 from flask_usage_metrics.records.observation import Trace
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.traces.conventions import SCHEMA_URL, Attributes
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class LiveSpans:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._spans: dict[str, trace.Span] = {}
+        FORKS.register(self)
 
     def keep(self, span_id: str, span: trace.Span) -> None:
         """Keep a span under its id."""
@@ -87,6 +89,7 @@ class Tracing:
         self.live = live
         self.hints = hints
         self.faults = faults
+        FORKS.register(self)
 
     def start(self, environ: WSGIEnvironment, started_ns: int) -> RequestTrace | None:
         """Join the span that is current, or start one.
@@ -136,9 +139,8 @@ class Tracing:
         return RequestTrace(self, span, trace.set_span_in_context(span, around), caller)
 
     def reset_after_fork(self) -> None:
-        """Get a tracer anew when one is needed, and forget the spans of the parent process."""
+        """Get a tracer anew when one is needed."""
         self._tracer = None
-        self.live.reset_after_fork()
 
 
 class RequestTrace:

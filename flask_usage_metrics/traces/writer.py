@@ -148,7 +148,6 @@ class SpanWriter(Writer):
 
     def reset_after_fork(self) -> None:
         """Forget the spans that the parent process will export."""
-        self._export.reset_after_fork()
         self._start_anew()
 
     def _end(self, record: UsageRecord) -> list[ReadableSpan]:

@@ -16,6 +16,7 @@ from flask_usage_metrics.enrich.country.header import Header, wsgi_name
 from flask_usage_metrics.enrich.country.limits import Limits
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.forks import FORKS
 
 __all__ = ["Answer", "CountryLookup", "Limits", "make_country_lookup"]
 
@@ -56,6 +57,7 @@ class CountryLookup:
         self._clock = limits.clock
         self._faults = faults
         self._seen = 0
+        FORKS.register(self)
 
     def locate(self, address: str | None, headers: tuple[str, ...], trusted: bool) -> Answer | None:
         """Find the country of a client; never blocks, never raises.

@@ -12,6 +12,7 @@ from ipaddress import ip_address
 
 from flask_usage_metrics.enrich.visitors.files import DAY_SECONDS, VisitorFiles
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.key_files import KEY_BYTES, destroy_key, find_key, make_key
 from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.state_dir import StateDir
@@ -56,6 +57,7 @@ class VisitorIds:
         self._alone: set[int] = set()
         self._due = float("-inf")
         self._is_left = False
+        FORKS.register(self)
 
     def identify(
         self, moment: float, address: str | None, user_agent: str, host: str

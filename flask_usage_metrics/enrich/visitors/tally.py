@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flask_usage_metrics.enrich.visitors.files import DAY_SECONDS, VisitorFiles
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.private_files import (
     StateUnavailable,
     check_private_file,
@@ -60,6 +61,7 @@ class VisitorTally:
         self._clock = clock
         self._lock = threading.Lock()
         self._start(None)
+        FORKS.register(self)
 
     def _start(self, day: int | None) -> None:
         self._day = day

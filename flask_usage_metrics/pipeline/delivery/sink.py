@@ -17,6 +17,7 @@ from flask_usage_metrics.pipeline.delivery.spool import Spool
 from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.storage import Writer
 
 RECOVER_SECONDS = 5.0
@@ -73,6 +74,7 @@ class Sink:
         self._faults = faults
         self._queue = SinkQueue(counters, capacity, spool, faults)
         self._start_anew()
+        FORKS.register(self)
 
     def _start_anew(self) -> None:
         # Held while the queue is touched, which may write to the disk.
