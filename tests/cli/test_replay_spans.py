@@ -935,10 +935,8 @@ def test_ctrl_c_says_how_to_go_on(shop: Path, collector: Receiver) -> None:
         assert time.monotonic() < until
         time.sleep(0.001)
     collector.hang_seconds = 60.0
-    done = -1
-    while done != len(collector.sizes):  # now one is being waited for
-        done = len(collector.sizes)
-        time.sleep(0.5)
+    assert collector.hangs.wait(30)
+    done = len(collector.sizes)  # and one more is being waited for
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
     assert (code, out) == (130, "")

@@ -50,6 +50,7 @@ class Receiver:
         endpoint: Its address, the same after it was down.
         status: What it answers; it keeps spans only if that is 200.
         hang_seconds: How long it thinks before it answers.
+        hangs: Set when a request came that it thinks about.
         most: How many spans it takes in one request; more are answered with 413.
         refuses: Called with each span; one that it returns True for makes the answer a 400.
         sizes: How many spans were in each request that was answered with 200.
@@ -62,6 +63,7 @@ class Receiver:
         self.url = f"{self.endpoint}/v1/traces"
         self.status = 200
         self.hang_seconds = 0.0
+        self.hangs = threading.Event()
         self.most = 1_000_000
         self.refuses: Callable[[Received], bool] = lambda span: False
         self.sizes: list[int] = []
@@ -114,7 +116,9 @@ class Receiver:
     def answer(self, path: str, body: bytes, peer: int, is_gone: Callable[[], bool]) -> int:
         """Take one request's spans; return the status of the answer."""
         spans = _decode(body, peer)
-        self._released.wait(self.hang_seconds)
+        if seconds := self.hang_seconds:
+            self.hangs.set()
+            self._released.wait(seconds)
         if is_gone():  # it is not known to have been taken, so it is not
             return 0
         with self._lock:

@@ -243,11 +243,14 @@ def same(summaries: list[Summary]) -> list[Any]:
     ]
 
 
-class StorageContract:
-    """To be inherited, with a fixture `storage` that is empty and was never used."""
+class StorageCore:
+    """The part of the contract that depends on how a storage connects: transactions, threads.
+
+    For another way to reach a database that is tested with the whole contract already.
+    """
 
     bytes_per_record_read = 0
-    """What reading may remember of each wanted record."""
+    """Bytes that reading may remember of each wanted record."""
 
     @pytest.fixture
     def storage(self) -> Storage:
@@ -271,11 +274,6 @@ class StorageContract:
         storage.write([])
         assert storage.count() == 0
 
-    def test_no_records_are_no_group(self, storage: Storage) -> None:
-        storage.write([make_record()])
-        assert storage.summarize((), status=404) == []
-        assert storage.summarize(("endpoint",), status=404) == []
-
     # -- what was written is read ---------------------------------------------------------------
 
     def test_a_record_is_read_as_it_was_written(self, storage: Storage) -> None:
@@ -296,49 +294,6 @@ class StorageContract:
         read = next(storage.records())
         assert read.started_at.tzinfo is UTC
         assert type(read.authorization) is bool
-
-    @given(records=st.lists(any_records(), max_size=10))
-    @settings(
-        max_examples=25,
-        deadline=None,
-        database=None,
-        suppress_health_check=SUPPRESSED,
-    )
-    def test_any_record_is_read_as_it_was_written(
-        self, storage: Storage, records: list[UsageRecord]
-    ) -> None:
-        storage.delete(Filter())
-        storage.write(records)
-        assert list(storage.records()) == in_order(records)
-
-    @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-    def test_hostile_text_is_only_text(self, storage: Storage, text: str) -> None:
-        record = make_record(
-            id=f"id {text[:100]}",
-            path=text,
-            query=text,
-            endpoint=text,
-            username=text,
-            user_agent=text,
-            method=text,
-            app=text,
-            view_args={text: text},
-            track_var={text: [text]},
-        )
-        storage.write([record, make_record(username="other", path="/other")])
-        assert list(storage.records(username=text, path=text)) == [record]
-        assert storage.count(path_prefix=[text[:10] or "nothing"]) == (1 if text else 0)
-        assert [summary.group for summary in storage.summarize("username", username=text)] == [
-            {"username": text}
-        ]
-
-    def test_deep_json_is_kept(self, storage: Storage) -> None:
-        deep: Any = "bottom"
-        for _ in range(200):
-            deep = {"a": [deep]}
-        record = make_record(track_var={"deep": deep})
-        storage.write([record])
-        assert list(storage.records()) == [record]
 
     def test_a_batch_of_any_size_is_kept(self, storage: Storage) -> None:
         records = make_records(1_501)
@@ -392,6 +347,262 @@ class StorageContract:
         microsecond = timedelta(microseconds=1)
         assert storage.count(START + microsecond, START + 4 * SECOND + microsecond) == 4
 
+    def test_ties_longer_than_a_page_are_read_once(self, storage: Storage) -> None:
+        records = [make_record() for _ in range(1_203)]
+        storage.write(records)
+        assert list(storage.records()) == in_order(records)
+        assert list(storage.records(order="newest")) == in_order(records)[::-1]
+
+    # -- sums -----------------------------------------------------------------------------------
+
+    def test_periods_begin_on_the_hour_the_day_and_the_first(self, storage: Storage) -> None:
+        storage.write([make_record(started_at=datetime(2026, 2, 28, 23, 59, 59, 999999, UTC))])
+        storage.write([make_record(started_at=datetime(2026, 3, 1, tzinfo=UTC))])
+        starts = {
+            every: [summary.start for summary in storage.summarize((), every=every)]
+            for every in ("hour", "day", "month")
+        }
+        march = datetime(2026, 3, 1, tzinfo=UTC)
+        assert starts == {
+            "hour": [datetime(2026, 2, 28, 23, tzinfo=UTC), march],
+            "day": [datetime(2026, 2, 28, tzinfo=UTC), march],
+            "month": [datetime(2026, 2, 1, tzinfo=UTC), march],
+        }
+
+    # -- flask-track-usage's way of reading -----------------------------------------------------
+
+    def test_errors_are_the_statuses_from_500_to_599(self, storage: Storage) -> None:
+        statuses = [0, 499, 500, 599, 600, 999]
+        storage.write([make_record(status=status) for status in statuses])
+        assert storage.summarize(())[0].errors == 2
+        assert storage.count(status_class="5xx") == 2
+        assert sum(record.is_server_error for record in storage.records()) == 2
+
+    # -- pruning --------------------------------------------------------------------------------
+
+    def test_prune_deletes_what_is_older_and_says_how_many(self, storage: Storage) -> None:
+        records = make_records(10)
+        storage.write(records)
+        assert storage.prune(START) == 0
+        assert storage.prune(START + 4 * SECOND) == 4
+        assert storage.prune(START + 4 * SECOND) == 0
+        assert list(storage.records()) == records[4:]
+        storage.write(more := make_records(1, path="/more"))
+        assert list(storage.records(limit=1)) == more
+
+    def test_prune_deletes_any_number(self, storage: Storage) -> None:
+        storage.write(make_records(10_001))
+        assert storage.prune(START + 10_000 * SECOND) == 10_000
+        assert storage.count() == 1
+
+    # -- erasing --------------------------------------------------------------------------------
+
+    def test_an_erased_record_can_be_written_again(self, storage: Storage) -> None:
+        records = make_records(3, username="ann")
+        storage.write(records)
+        assert storage.erase(username="ann") == 3
+        storage.write(records[1:])
+        assert list(storage.records()) == records[1:]
+
+    def test_erase_takes_any_number_of_names_and_what_no_record_can_hold(
+        self, storage: Storage
+    ) -> None:
+        storage.write([make_record(username=name) for name in ("ann", "bob", "x", "")])
+        assert storage.erase(username=["\ud800", "ann\0", "ANN", " ann", "an"]) == 0
+        assert storage.erase(username=[*map(str, range(40_000)), "bob", "\ud800", "ann"]) == 2
+        assert [record.username for record in storage.records()] == ["x", ""]
+
+    def test_erase_deletes_any_number(self, storage: Storage) -> None:
+        records = make_records(10_001, username="ann")
+        others = [make_record(started_at=record.started_at) for record in records[::7]]
+        for start in range(0, len(records), 700):
+            storage.write([*records[start : start + 700], *others[start // 7 : start // 7 + 100]])
+        assert storage.count() == 10_001 + 1_429
+        assert storage.erase(username="ann") == 10_001
+        assert list(storage.records()) == others
+
+    def test_erasing_while_others_write_loses_nothing_of_others(self, storage: Storage) -> None:
+        storage.write(make_records(50, username="ann"))
+        kept: list[UsageRecord] = []
+        written = 50
+        errors: list[BaseException] = []
+        done = threading.Event()
+
+        def write() -> None:
+            nonlocal written
+            try:
+                for _ in range(40):
+                    batch = [make_record(username=name) for name in ["ann", "bob"] * 5]
+                    storage.write(batch)
+                    written += 5
+                    kept.extend(record for record in batch if record.username == "bob")
+            except BaseException as error:  # noqa: BLE001 - the test tells it
+                errors.append(error)
+            finally:
+                done.set()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        erased = 0
+        while not done.is_set():
+            erased += storage.erase(username="ann")
+        writer.join()
+        assert errors == []
+        assert erased + storage.count(username="ann") == written
+        storage.erase(username="ann")
+        assert list(storage.records()) == in_order(kept)
+
+    def test_two_may_erase_at_once(self, storage: Storage) -> None:
+        for _ in range(5):
+            storage.write(make_records(200, username="ann"))
+            storage.write(make_records(10, username="bob"))
+        erased: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: erased.append(storage.erase(username="ann")))
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(erased) == 3
+        assert sum(erased) == 1_000
+        assert storage.count() == storage.count(username="bob") == 50
+
+    # -- together -------------------------------------------------------------------------------
+
+    def test_threads_write_and_read_at_once_and_nothing_is_lost(self, storage: Storage) -> None:
+        batches = [[make_records(31, path=f"/{thread}") for _ in range(10)] for thread in range(4)]
+        errors: list[BaseException] = []
+
+        def guarded(work: Any) -> threading.Thread:
+            def run() -> None:
+                try:
+                    work()
+                except BaseException as error:  # noqa: BLE001 - the test tells it
+                    errors.append(error)
+
+            return threading.Thread(target=run)
+
+        def read() -> None:
+            while any(writer.is_alive() for writer in writers):
+                seen = [record.id for record in storage.records()]
+                assert len(seen) == len(set(seen))
+                assert storage.count(path="/1") % 31 == 0
+
+        writers = [
+            guarded(lambda mine=mine: [storage.write(batch) for batch in mine]) for mine in batches
+        ]
+        readers = [guarded(read) for _ in range(2)]
+        for thread in (*writers, *readers):
+            thread.start()
+        for thread in (*writers, *readers):
+            thread.join()
+        assert errors == []
+        expected = [record for mine in batches for batch in mine for record in batch]
+        assert list(storage.records()) == in_order(expected)
+
+    def test_writing_goes_on_while_somebody_reads(self, storage: Storage) -> None:
+        records = make_records(1_200)
+        storage.write(records)
+        reading = storage.records()
+        first = [next(reading) for _ in range(700)]
+        storage.write([make_record(started_at=START - SECOND)])
+        assert storage.prune(START + SECOND * 300) == 301
+        assert [*first, *reading] == records
+
+    def test_an_unfinished_reading_holds_nothing(self, storage: Storage) -> None:
+        storage.write(make_records(600))
+        reading = storage.records()
+        next(reading)
+        storage.close()
+        del reading
+        storage.write([make_record()])
+
+    def test_memory_does_not_grow_with_the_records(self, storage: Storage) -> None:
+        count = 10_000
+        for _ in range(count // 1_000):
+            storage.write(make_records(1_000))
+        next(storage.records())
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in storage.records()) == count
+            assert storage.count() == count
+            assert storage.summarize()[0].requests == count
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        # All records at once take 30 MB.
+        assert peak < 4_000_000 + count * self.bytes_per_record_read
+
+    def test_close_and_flush_may_come_at_any_time(self, storage: Storage) -> None:
+        storage.flush()
+        storage.close()
+        storage.close()
+        storage.reset_after_fork()
+        storage.write([make_record()])
+        storage.flush()
+        assert storage.count() == 1
+        storage.close()
+
+
+class StorageContract(StorageCore):
+    """The whole contract; to be inherited with a fixture `storage`, empty and never used."""
+
+    # -- before anything is written -------------------------------------------------------------
+
+    def test_no_records_are_no_group(self, storage: Storage) -> None:
+        storage.write([make_record()])
+        assert storage.summarize((), status=404) == []
+        assert storage.summarize(("endpoint",), status=404) == []
+
+    # -- what was written is read ---------------------------------------------------------------
+
+    @given(records=st.lists(any_records(), max_size=10))
+    @settings(
+        max_examples=25,
+        deadline=None,
+        database=None,
+        suppress_health_check=SUPPRESSED,
+    )
+    def test_any_record_is_read_as_it_was_written(
+        self, storage: Storage, records: list[UsageRecord]
+    ) -> None:
+        storage.delete(Filter())
+        storage.write(records)
+        assert list(storage.records()) == in_order(records)
+
+    @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+    def test_hostile_text_is_only_text(self, storage: Storage, text: str) -> None:
+        record = make_record(
+            id=f"id {text[:100]}",
+            path=text,
+            query=text,
+            endpoint=text,
+            username=text,
+            user_agent=text,
+            method=text,
+            app=text,
+            view_args={text: text},
+            track_var={text: [text]},
+        )
+        storage.write([record, make_record(username="other", path="/other")])
+        assert list(storage.records(username=text, path=text)) == [record]
+        assert storage.count(path_prefix=[text[:10] or "nothing"]) == (1 if text else 0)
+        assert [summary.group for summary in storage.summarize("username", username=text)] == [
+            {"username": text}
+        ]
+
+    def test_deep_json_is_kept(self, storage: Storage) -> None:
+        deep: Any = "bottom"
+        for _ in range(200):
+            deep = {"a": [deep]}
+        record = make_record(track_var={"deep": deep})
+        storage.write([record])
+        assert list(storage.records()) == [record]
+
+    # -- ranges, order, limit -------------------------------------------------------------------
+
     def test_a_naive_time_is_utc_and_an_aware_one_is_converted(self, storage: Storage) -> None:
         records = make_records(3)
         storage.write(records)
@@ -412,12 +623,6 @@ class StorageContract:
         oldest = [record.id for record in storage.records()]
         assert oldest == ["d", "e", "a", "b", "c", "f"]
         assert [record.id for record in storage.records(order="newest")] == oldest[::-1]
-
-    def test_ties_longer_than_a_page_are_read_once(self, storage: Storage) -> None:
-        records = [make_record() for _ in range(1_203)]
-        storage.write(records)
-        assert list(storage.records()) == in_order(records)
-        assert list(storage.records(order="newest")) == in_order(records)[::-1]
 
     @pytest.mark.parametrize("limit", [0, 1, 2, 499, 500, 501, 1_000, 5_000])
     def test_a_limit_is_the_most_that_is_read(self, storage: Storage, limit: int) -> None:
@@ -635,20 +840,6 @@ class StorageContract:
         without = storage.summarize(by, every=every, endpoint=endpoint)
         assert [summary.visitors for summary in without] == [None] * len(summaries)
         assert same(without) == [(*summary[:-1], None) for summary in same(summaries)]
-
-    def test_periods_begin_on_the_hour_the_day_and_the_first(self, storage: Storage) -> None:
-        storage.write([make_record(started_at=datetime(2026, 2, 28, 23, 59, 59, 999999, UTC))])
-        storage.write([make_record(started_at=datetime(2026, 3, 1, tzinfo=UTC))])
-        starts = {
-            every: [summary.start for summary in storage.summarize((), every=every)]
-            for every in ("hour", "day", "month")
-        }
-        march = datetime(2026, 3, 1, tzinfo=UTC)
-        assert starts == {
-            "hour": [datetime(2026, 2, 28, 23, tzinfo=UTC), march],
-            "day": [datetime(2026, 2, 28, tzinfo=UTC), march],
-            "month": [datetime(2026, 2, 1, tzinfo=UTC), march],
-        }
 
     def test_quantiles_are_estimated_as_prometheus_does(self, storage: Storage) -> None:
         durations = [0.005, 0.006, 0.01, 0.02, 20.0]
@@ -919,30 +1110,6 @@ class StorageContract:
         with pytest.raises(ValueError, match="limit must not be negative, but it is -1"):
             storage.get_sum("sumVisitor", limit=-1)
 
-    def test_errors_are_the_statuses_from_500_to_599(self, storage: Storage) -> None:
-        statuses = [0, 499, 500, 599, 600, 999]
-        storage.write([make_record(status=status) for status in statuses])
-        assert storage.summarize(())[0].errors == 2
-        assert storage.count(status_class="5xx") == 2
-        assert sum(record.is_server_error for record in storage.records()) == 2
-
-    # -- pruning --------------------------------------------------------------------------------
-
-    def test_prune_deletes_what_is_older_and_says_how_many(self, storage: Storage) -> None:
-        records = make_records(10)
-        storage.write(records)
-        assert storage.prune(START) == 0
-        assert storage.prune(START + 4 * SECOND) == 4
-        assert storage.prune(START + 4 * SECOND) == 0
-        assert list(storage.records()) == records[4:]
-        storage.write(more := make_records(1, path="/more"))
-        assert list(storage.records(limit=1)) == more
-
-    def test_prune_deletes_any_number(self, storage: Storage) -> None:
-        storage.write(make_records(10_001))
-        assert storage.prune(START + 10_000 * SECOND) == 10_000
-        assert storage.count() == 1
-
     # -- erasing --------------------------------------------------------------------------------
 
     @given(
@@ -978,29 +1145,16 @@ class StorageContract:
         assert storage.count() == len(left)
         assert storage.erase(**whom) == storage.count(**whom) == 0
 
-    def test_an_erased_record_can_be_written_again(self, storage: Storage) -> None:
-        records = make_records(3, username="ann")
-        storage.write(records)
-        assert storage.erase(username="ann") == 3
-        storage.write(records[1:])
-        assert list(storage.records()) == records[1:]
-
     @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-    @pytest.mark.parametrize("field", ["username", "visitor", "remote_addr"])
-    def test_hostile_text_erases_nobody_else(self, storage: Storage, text: str, field: str) -> None:
+    def test_hostile_text_erases_nobody_else(self, storage: Storage, text: str) -> None:
         others = [f"{text}x", text[:-1] + "\u00df", text.swapcase() + "?", "%", "*", None]
-        storage.write([make_record(**{field: text}) for _ in range(2)])
-        storage.write(rest := [make_record(**{field: other}) for other in others])
-        assert storage.erase(**{field: text}) == 2
-        assert list(storage.records()) == rest
-
-    def test_erase_takes_any_number_of_names_and_what_no_record_can_hold(
-        self, storage: Storage
-    ) -> None:
-        storage.write([make_record(username=name) for name in ("ann", "bob", "x", "")])
-        assert storage.erase(username=["\ud800", "ann\0", "ANN", " ann", "an"]) == 0
-        assert storage.erase(username=[*map(str, range(40_000)), "bob", "\ud800", "ann"]) == 2
-        assert [record.username for record in storage.records()] == ["x", ""]
+        rest: list[UsageRecord] = []
+        for field in ("username", "visitor", "remote_addr"):
+            storage.write([make_record(**{field: text}) for _ in range(2)])
+            storage.write(kept := [make_record(**{field: other}) for other in others])
+            rest += kept
+            assert storage.erase(**{field: text}) == 2
+            assert list(storage.records()) == in_order(rest)
 
     def test_who_is_unknown_is_nobody(self, storage: Storage) -> None:
         records = [make_record(), make_record(username="ann", visitor="v")]
@@ -1038,136 +1192,3 @@ class StorageContract:
         assert storage.erase(username="ann") == 0
         storage.pseudonyms = lambda name: "4e07"
         assert storage.erase(username="ann") == 1
-
-    def test_erase_deletes_any_number(self, storage: Storage) -> None:
-        records = make_records(10_001, username="ann")
-        others = [make_record(started_at=record.started_at) for record in records[::7]]
-        for start in range(0, len(records), 700):
-            storage.write([*records[start : start + 700], *others[start // 7 : start // 7 + 100]])
-        assert storage.count() == 10_001 + 1_429
-        assert storage.erase(username="ann") == 10_001
-        assert list(storage.records()) == others
-
-    def test_erasing_while_others_write_loses_nothing_of_others(self, storage: Storage) -> None:
-        storage.write(make_records(50, username="ann"))
-        kept: list[UsageRecord] = []
-        written = 50
-        errors: list[BaseException] = []
-        done = threading.Event()
-
-        def write() -> None:
-            nonlocal written
-            try:
-                for _ in range(40):
-                    batch = [make_record(username=name) for name in ["ann", "bob"] * 5]
-                    storage.write(batch)
-                    written += 5
-                    kept.extend(record for record in batch if record.username == "bob")
-            except BaseException as error:  # noqa: BLE001 - the test tells it
-                errors.append(error)
-            finally:
-                done.set()
-
-        writer = threading.Thread(target=write)
-        writer.start()
-        erased = 0
-        while not done.is_set():
-            erased += storage.erase(username="ann")
-        writer.join()
-        assert errors == []
-        assert erased + storage.count(username="ann") == written
-        storage.erase(username="ann")
-        assert list(storage.records()) == in_order(kept)
-
-    def test_two_may_erase_at_once(self, storage: Storage) -> None:
-        for _ in range(5):
-            storage.write(make_records(200, username="ann"))
-            storage.write(make_records(10, username="bob"))
-        erased: list[int] = []
-        threads = [
-            threading.Thread(target=lambda: erased.append(storage.erase(username="ann")))
-            for _ in range(3)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(erased) == 3
-        assert sum(erased) == 1_000
-        assert storage.count() == storage.count(username="bob") == 50
-
-    # -- together -------------------------------------------------------------------------------
-
-    def test_threads_write_and_read_at_once_and_nothing_is_lost(self, storage: Storage) -> None:
-        batches = [[make_records(31, path=f"/{thread}") for _ in range(10)] for thread in range(4)]
-        errors: list[BaseException] = []
-
-        def guarded(work: Any) -> threading.Thread:
-            def run() -> None:
-                try:
-                    work()
-                except BaseException as error:  # noqa: BLE001 - the test tells it
-                    errors.append(error)
-
-            return threading.Thread(target=run)
-
-        def read() -> None:
-            while any(writer.is_alive() for writer in writers):
-                seen = [record.id for record in storage.records()]
-                assert len(seen) == len(set(seen))
-                assert storage.count(path="/1") % 31 == 0
-
-        writers = [
-            guarded(lambda mine=mine: [storage.write(batch) for batch in mine]) for mine in batches
-        ]
-        readers = [guarded(read) for _ in range(2)]
-        for thread in (*writers, *readers):
-            thread.start()
-        for thread in (*writers, *readers):
-            thread.join()
-        assert errors == []
-        expected = [record for mine in batches for batch in mine for record in batch]
-        assert list(storage.records()) == in_order(expected)
-
-    def test_writing_goes_on_while_somebody_reads(self, storage: Storage) -> None:
-        records = make_records(1_200)
-        storage.write(records)
-        reading = storage.records()
-        first = [next(reading) for _ in range(700)]
-        storage.write([make_record(started_at=START - SECOND)])
-        assert storage.prune(START + SECOND * 300) == 301
-        assert [*first, *reading] == records
-
-    def test_an_unfinished_reading_holds_nothing(self, storage: Storage) -> None:
-        storage.write(make_records(600))
-        reading = storage.records()
-        next(reading)
-        storage.close()
-        del reading
-        storage.write([make_record()])
-
-    def test_memory_does_not_grow_with_the_records(self, storage: Storage) -> None:
-        count = 10_000
-        for _ in range(count // 1_000):
-            storage.write(make_records(1_000))
-        next(storage.records())
-        tracemalloc.start()
-        try:
-            assert sum(1 for _ in storage.records()) == count
-            assert storage.count() == count
-            assert storage.summarize()[0].requests == count
-            peak = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-        # All records at once take 30 MB.
-        assert peak < 4_000_000 + count * self.bytes_per_record_read
-
-    def test_close_and_flush_may_come_at_any_time(self, storage: Storage) -> None:
-        storage.flush()
-        storage.close()
-        storage.close()
-        storage.reset_after_fork()
-        storage.write([make_record()])
-        storage.flush()
-        assert storage.count() == 1
-        storage.close()

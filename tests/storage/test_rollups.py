@@ -389,7 +389,7 @@ def test_one_at_a_time_tends_and_the_others_do_not_wait(database: str) -> None:
         ):
             before = time.monotonic()
             assert storage.maintain(DAY, NOW) >= 10
-            assert time.monotonic() - before < 2
+            assert time.monotonic() - before < 4  # others wait for 5 s
         assert storage.maintain(DAY, NOW) < 1
 
 
@@ -521,9 +521,13 @@ def test_a_storage_that_was_closed_is_left_alone_until_there_are_records_again(
     until(lambda: len(calls) > 3, True)
     assert set(calls) == {2 * DAY}
     site.close()
-    time.sleep(0.1)
+
+    def is_left_alone() -> bool:
+        before = len(calls)
+        time.sleep(0.3)  # 30 calls, else
+        return len(calls) == before
+
+    until(is_left_alone, True)
     before = len(calls)
-    time.sleep(0.2)
-    assert len(calls) == before
     site.get("/nowhere")
     until(lambda: len(calls) > before, True)

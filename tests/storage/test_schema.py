@@ -473,15 +473,16 @@ def test_a_table_somebody_holds_is_not_waited_for_long(
             begin = time.monotonic()
             with pytest.raises(StorageUnavailable):
                 storage.write([make_record()])
-            assert time.monotonic() - begin < 10
+            assert time.monotonic() - begin < 40  # the servers' own limits are 50 s and more
             holder.rollback()
             storage.write([make_record()])
             assert storage.count() == 4
         engine.dispose()
 
 
+@pytest.mark.usefixtures("_waits_as_long_as_it_takes")
 def test_another_process_that_upgrades_is_waited_for(database: str) -> None:
-    with opened(database) as storage:
+    with opened(patient(database)) as storage:
         other = open_dialect(database)
         with other.connect() as connection:
             with other.lock(connection, "flask_usage_schema"):
@@ -530,6 +531,8 @@ WRITER = """
 import sys
 from helpers.records import make_record
 from flask_usage_metrics.storage import open_storage
+from flask_usage_metrics.storage.sql import database
+database.BUSY_SECONDS = 120.0
 storage = open_storage(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.read()
@@ -537,6 +540,18 @@ for number in range(3):
     storage.write([make_record(id=f"{sys.argv[2]}-{number}-{row}") for row in range(20)])
 storage.close()
 """
+
+
+@pytest.fixture
+def _waits_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine others may need longer than the seconds an app would wait at a time."""
+    monkeypatch.setattr("flask_usage_metrics.storage.sql.database.BUSY_SECONDS", 120.0)
+
+
+def patient(url: str) -> str:
+    """Return the URL of a database whose connections wait as long as it takes."""
+    option = "timeout" if url.startswith("sqlite") else "connect_timeout"
+    return f"{url}{'&' if '?' in url else '?'}{option}=120"
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "old table"])
@@ -547,7 +562,7 @@ def test_eight_processes_may_begin_at_once(database: str, old: bool) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", WRITER, database, str(number)],
+            [sys.executable, "-W", "error", "-c", WRITER, patient(database), str(number)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -569,10 +584,11 @@ def test_eight_processes_may_begin_at_once(database: str, old: bool) -> None:
         assert storage.plan() == []
 
 
+@pytest.mark.usefixtures("_waits_as_long_as_it_takes")
 def test_threads_of_processes_begin_at_once_again_and_again(server: Server) -> None:
     for _ in range(5):
         with server.emptied() as url:
-            storages = [SQLStorage.from_url(url) for _ in range(8)]
+            storages = [SQLStorage.from_url(patient(url)) for _ in range(8)]
             barrier = threading.Barrier(len(storages))
             errors: list[BaseException] = []
 

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from helpers.old_tables import OLD_TABLE, plain
 from helpers.records import START, make_record, make_records
 from sqlalchemy.pool import NullPool
-from storage_contract import StorageContract, same
+from storage_contract import StorageContract, StorageCore, same
 
 from flask_usage_metrics.errors import ConfigError, StorageError, StorageUnavailable
 from flask_usage_metrics.records.summary import summarize_records
@@ -53,7 +53,7 @@ class TestContractOnAFile(StorageContract):
             yield storage
 
 
-class TestContractInMemory(StorageContract):
+class TestContractInMemory(StorageCore):
     @pytest.fixture
     def storage(self) -> Iterator[SQLStorage]:  # type: ignore[override]
         storage = SQLStorage.from_url("sqlite://")
@@ -61,7 +61,7 @@ class TestContractInMemory(StorageContract):
         storage.close()
 
 
-class TestContractOnAnEngineOfTheCaller(StorageContract):
+class TestContractOnAnEngineOfTheCaller(StorageCore):
     @pytest.fixture
     def storage(self, tmp_path: Path) -> Iterator[SQLStorage]:  # type: ignore[override]
         engine = sa.create_engine(f"sqlite:///{tmp_path}/theirs.sqlite3")
@@ -479,7 +479,7 @@ def test_a_new_file_that_is_locked_is_unavailable(file: Path) -> None:
 
 def test_a_lock_that_is_given_back_in_time_is_waited_for(file: Path) -> None:
     file.parent.mkdir()
-    with closing(file) as storage, plain(file) as other:
+    with closing(file, timeout=60) as storage, plain(file) as other:
         other.execute("BEGIN EXCLUSIVE")
         writer = threading.Thread(target=storage.write, args=([make_record()],))
         writer.start()
