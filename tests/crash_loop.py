@@ -106,7 +106,7 @@ class Life:
                 os.kill(pid, signal.SIGKILL)
         return len(victims)
 
-    def settle(self) -> float:
+    def final_count(self) -> float:
         """Wait until what is counted stands still and is enough; return it."""
         last, since = -1.0, time.monotonic()
         deadline = since + 20
@@ -164,7 +164,7 @@ def main() -> int:
                 failed += life.failed
                 scrapes += life.scrapes
                 if is_last:
-                    counted = life.settle()
+                    counted = life.final_count()
                     # Also what earlier servers left uncounted is counted by this one.
                     most = life.answered + life.failed + before
                     if not life.answered <= counted <= most:

@@ -66,7 +66,7 @@ class JournalFile:
         self._map = mmap.mmap(descriptor, _HEADER_BYTES + size)
         self._close = finalize(self, os.close, descriptor)
         self._close.atexit = False  # the pipeline ends later, by an exit handler of its own
-        # Hot path: pack_into costs twice as much.
+        # Hot path: see tests/benchmarks/README.md.
         self._header_words = memoryview(self._map).cast("Q")
         self._frame_words = memoryview(self._map).cast("I")
         self._tail: int = self._header_words[_TAIL]

@@ -10,8 +10,8 @@ from typing import TypeVar
 from flask_usage_metrics.runtime.gil import release_gil
 
 _STEP_SECONDS = 0.0001
-"""How long the worker computes before it lets others have the interpreter; half as long gains
-nothing, and makes the worker fall behind sooner."""
+"""How long the worker computes before it lets others have the interpreter; shorter steps gain
+nothing, and make the worker fall behind sooner."""
 
 _STEP_ITEMS = 8
 """Items it handles before it looks at the clock, which is not free."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import random
-import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 from helpers.front_door import Site
+from helpers.process import Done, run_python
 
 from flask_usage_metrics import StorageUnavailable, UsageRecord
 from flask_usage_metrics.extension import wiring
@@ -342,21 +341,9 @@ def test_where_threads_starve_the_request_does_their_work(
     assert new == {"flask_usage_metrics kept"}  # which ran while the request waited for it
 
 
-def run(program: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def run(program: str, timeout: float = 60) -> Done:
     with tempfile.TemporaryDirectory() as state:
-        return _run(program, timeout, {**os.environ, "TMPDIR": state})
-
-
-def _run(
-    program: str, timeout: float, environment: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+        return run_python(program, warnings=(), seconds=timeout, env={"TMPDIR": state})
 
 
 def test_the_end_of_the_process_writes_what_waits(tmp_path: Path) -> None:
@@ -415,12 +402,8 @@ def test_what_a_hung_storage_left_is_written_by_the_next_process(tmp_path: Path)
         import time
         time.sleep(1.5)
     """
-    script = tmp_path / "shop.py"
-    script.write_text(textwrap.dedent(program))
     out = [
-        subprocess.run(
-            [sys.executable, script, *arguments], capture_output=True, text=True, timeout=60
-        ).stdout
+        run_python(program, *arguments, warnings=()).stdout
         for arguments in (["/a /b /c", "hang"], ["/d"])
     ]
     assert out[0] == ""

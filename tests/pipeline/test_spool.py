@@ -8,8 +8,6 @@ import random
 import signal
 import stat
 import struct
-import subprocess
-import sys
 import tempfile
 import textwrap
 import threading
@@ -19,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from helpers.process import Done, run_python
 from helpers.records import make_record, make_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,12 +30,10 @@ from flask_usage_metrics.pipeline.delivery.spool import Spool
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.storage import Writer
 
-TESTS = Path(__file__).parents[1]
 LARGE = 64 * 1024 * 1024
-PRELUDE = f"""
+PRELUDE = """
 import os, signal, sys, threading, time, warnings
 from pathlib import Path
-sys.path.insert(0, {str(TESTS)!r})
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork
 from helpers.records import make_record, make_records
 from flask_usage_metrics import StorageUnavailable, open_storage
@@ -48,13 +45,8 @@ from flask_usage_metrics.metrics.sink_counters import SinkCounters
 """
 
 
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def run(program: str) -> Done:
+    return run_python(PRELUDE + textwrap.dedent(program), warnings=(), seconds=120)
 
 
 def files(folder: Path) -> list[Path]:

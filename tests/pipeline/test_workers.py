@@ -67,7 +67,7 @@ def test_the_labels_are_those_of_every_worker(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_takes_nothing_away(tmp_path: Path) -> None:
-    # So long that nothing is folded or written before the kill.
+    # So long that nothing is processed or written before the kill.
     slow = {"FLASK_TRACK_USAGE_FLUSH_SECONDS": "2"}
     with Gunicorn(tmp_path, "-w", "2", **slow) as server:
         for _ in range(50):
