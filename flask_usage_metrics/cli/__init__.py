@@ -1,7 +1,8 @@
-"""`flask usage …`: what the owner of an app can ask for in a terminal; a file a command.
+"""`flask usage …`: the commands for the owner of an app, a file each.
 
-Results go to stdout, all else to stderr. A command ends with 0 if it did all it was asked for, 1 if
-not, so that trying again makes sense, 2 if it was asked for wrongly, and 130 after Ctrl-C.
+A command adds itself to the group `usage` when it is imported here. Results go to stdout, all else
+to stderr. The exit code is 0 for success, 1 for a failure (trying again may help), 2 for a wrong
+call or set-up, 130 after Ctrl-C.
 """
 
 from __future__ import annotations

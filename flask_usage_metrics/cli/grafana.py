@@ -1,4 +1,4 @@
-"""`flask usage grafana`: what Prometheus and Grafana need to show the app."""
+"""`flask usage grafana`: writes the files with which Prometheus and Grafana show the app."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from flask import current_app
 
+from flask_usage_metrics.cli import options
 from flask_usage_metrics.cli.group import Refused, amount, tracked, usage
 from flask_usage_metrics.cli.monitoring_files import (
     DEFAULT_TARGET,
@@ -52,7 +53,7 @@ from flask_usage_metrics.extension import settings
     help="Where its metrics are (default: TRACK_USAGE_METRICS_PATH).",
 )
 @click.option("--force", is_flag=True, help="Write over files that were changed.")
-@click.option("-q", "--quiet", is_flag=True, help="Say only what went wrong.")
+@options.quiet
 def grafana(
     output: Path,
     job: str | None,

@@ -1,4 +1,4 @@
-"""The group of the commands, how they end, and the app they are asked of."""
+"""The group of the commands; the app they run for, and the exceptions that end them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ usage = AppGroup("usage", help="What flask_usage_metrics knows of this app's req
 
 
 class Refused(click.ClickException):
-    """A command cannot begin: the app or its environment is not set up for it."""
+    """The app or its environment is not set up for the command; nothing was done."""
 
     exit_code = 2
 
 
 class Interrupted(click.ClickException):
-    """Ctrl-C ended a command; the message says how to go on."""
+    """Ctrl-C ended the command; the message says how to go on."""
 
     exit_code = 130
 
 
 def tracked() -> Tracking:
-    """Return our parts of the current app.
+    """Return what tracks the current app.
 
     Raises:
-        Refused: There are none.
+        Refused: It is not tracked.
     """
     tracking = tracking_of(current_app)
     if tracking is None:
@@ -56,5 +56,5 @@ def readable() -> Storage:
 
 
 def amount(number: int, noun: str) -> str:
-    """Return a number of things in words: ``"1 span"``, ``"12 000 spans"``."""
+    """Return a number with its noun, in the plural if need be: ``"1 span"``, ``"12 000 spans"``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}".replace(",", " ")

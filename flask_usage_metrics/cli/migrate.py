@@ -1,4 +1,4 @@
-"""`flask usage migrate`: the tables of the app's SQL storages."""
+"""`flask usage migrate`: creates or upgrades the tables of the app's SQL storages."""
 
 from __future__ import annotations
 

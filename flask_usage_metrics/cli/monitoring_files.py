@@ -1,4 +1,4 @@
-"""The files that Prometheus and Grafana need to show the app at hand."""
+"""The files with which Prometheus and Grafana show an app: made for it, and written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flask_usage_metrics.errors import UsageMetricsError
+from flask_usage_metrics.runtime.private_files import open_private
 
 DEFAULT_TARGET = "host.docker.internal:8000"
 """Port 8000 of the machine, seen from the containers of docker-compose.yml."""
@@ -18,7 +19,7 @@ TOKEN_FILE = "metrics-token"
 
 
 class Differs(UsageMetricsError):
-    """Files that are there already were changed by somebody, or are of another version.
+    """Files exist with another text: changed by somebody, or of another version; none was written.
 
     Attributes:
         paths: These files, relative to the folder.
@@ -37,14 +38,14 @@ def make_files(
     token: str | None = None,
     label_names: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return the files for one app: their texts by their paths, relative to a folder of theirs.
+    """Return the files for one app: their texts by their relative paths.
 
     Args:
         job: Value of the label ``job``.
-        metrics_path: Where the app's metrics are.
-        targets: Its servers, as ``"host:port"``.
-        token: Bearer token a scrape must show; None: none.
-        label_names: New names of labels, by their own: queries are written with these.
+        metrics_path: Path of the URL that is scraped.
+        targets: The app's servers, as ``"host:port"``.
+        token: Bearer token of a scrape; None: it needs none.
+        label_names: Names that replace those of labels, by the latter, in queries and texts.
     """
     folder = _shipped()
     files = {
@@ -68,15 +69,15 @@ def write_files(folder: Path, files: Mapping[str, str], *, replace: bool = False
     """Write files, made by `make_files`, and the folders they are in.
 
     Args:
-        folder: Where.
+        folder: Made if need be.
         files: Texts by their relative paths.
-        replace: Whether files that are there with other texts are written over.
+        replace: Whether to write over files that exist with another text.
 
     Returns:
-        The relative paths of those that were written: not of those that were the same.
+        The relative paths of the files that were written; files with the same text are not.
 
     Raises:
-        Differs: There are such files, and nothing was written.
+        Differs: Such files exist, and they are not to be replaced.
         OSError: A file cannot be written.
     """
     wanted = {path: text.encode() for path, text in files.items()}
@@ -86,20 +87,19 @@ def write_files(folder: Path, files: Mapping[str, str], *, replace: bool = False
         raise Differs(differing)
     written = [path for path in wanted if path not in present or path in differing]
     for path in written:
-        place = folder / path
-        place.parent.mkdir(parents=True, exist_ok=True)
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
         if path == TOKEN_FILE:
-            place.unlink(missing_ok=True)  # whoever made it might be able to read it
-            descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
+            target.unlink(missing_ok=True)  # whoever made it might be able to read it
+            with os.fdopen(open_private(target, exclusive=True), "wb") as file:
                 file.write(wanted[path])
         else:
-            place.write_bytes(wanted[path])
+            target.write_bytes(wanted[path])
     return written
 
 
 def _shipped() -> Path:
-    """Return the folder the files come from: inside of the package, or beside it in a checkout."""
+    """Return the folder of the files in the package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "grafana"
     return inside if inside.is_dir() else package.parent / "grafana"
@@ -123,7 +123,7 @@ def _configuration(job: str, metrics_path: str, targets: Iterable[str], has_toke
     return "\n".join(lines) + "\n"
 
 
-# ------------------------------------------------------------------------ labels of other names
+# ------------------------------------------------------------------------ labels renamed
 
 _TOKENS = re.compile(
     r"""
@@ -137,7 +137,7 @@ _TOKENS = re.compile(
 
 
 def _renamed_query(query: str, names: Mapping[str, str]) -> str:
-    """Return a PromQL query, or one of Grafana's variables, with other names of labels."""
+    """Return a query with labels renamed: PromQL, or that of a variable of Grafana's."""
     parts = []
     before = ""
     for match in _TOKENS.finditer(query):
@@ -153,7 +153,7 @@ def _renamed_query(query: str, names: Mapping[str, str]) -> str:
 
 
 def _renamed(node: Any, names: Mapping[str, str]) -> Any:
-    """Return a dashboard, or a part of it, with other names of labels."""
+    """Return a dashboard, or a part of one, with labels renamed."""
     if isinstance(node, list):
         return [_renamed(part, names) for part in node]
     if not isinstance(node, dict):
@@ -176,7 +176,7 @@ def _renamed(node: Any, names: Mapping[str, str]) -> Any:
 
 
 def _renamed_fields(node: Any, names: Mapping[str, str]) -> Any:
-    """Return what speaks of the fields of a table, each of them a label, with other names."""
+    """Return settings of a panel that name the fields of a table, which are labels, renamed."""
     if isinstance(node, list):
         return [_renamed_fields(part, names) for part in node]
     if isinstance(node, dict):
@@ -185,9 +185,9 @@ def _renamed_fields(node: Any, names: Mapping[str, str]) -> Any:
 
 
 def _renamed_rules(text: str, names: Mapping[str, str]) -> str:
-    """Return a file of rules with other names of labels: in its expressions and in its texts."""
+    """Return a file of rules with labels renamed, in expressions and in texts."""
     lines = []
-    depth: int | None = None  # of the expression that is being read
+    depth: int | None = None  # indentation of the expression that is being read; None: outside
     for line in text.splitlines(keepends=True):
         indent = len(line) - len(line.lstrip())
         if depth is not None and line.strip() and indent <= depth:

@@ -1,4 +1,4 @@
-"""`flask usage replay-spans`: stored records as OpenTelemetry spans."""
+"""`flask usage replay-spans`: exports stored records as OpenTelemetry spans."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
-from typing import Any
 
 import click
 from flask import current_app
 
+from flask_usage_metrics.cli import options
 from flask_usage_metrics.cli.group import Interrupted, Refused, amount, readable, usage
-from flask_usage_metrics.cli.times import exactly, to_the_minute, when
+from flask_usage_metrics.cli.times import exactly, to_the_minute
 from flask_usage_metrics.errors import ConfigError, StorageError
 from flask_usage_metrics.extension import settings
 from flask_usage_metrics.extension.tracking import package_version
@@ -29,25 +29,10 @@ from flask_usage_metrics.traces.replay import NotTaken, Replay
       flask --app shop usage replay-spans --since 2026-08-01 --until today --status-class 5xx
     """,
 )
-@click.option(
-    "--since", metavar="WHEN", callback=when, required=True, help="Requests from then on."
-)
-@click.option(
-    "--until",
-    metavar="WHEN",
-    callback=when,
-    default="now",
-    show_default=True,
-    help="Requests before then.",
-)
-@click.option("--endpoint", "endpoints", multiple=True, help="Only of this one; may be repeated.")
-@click.option(
-    "--status-class",
-    "status_classes",
-    multiple=True,
-    type=click.Choice(["1xx", "2xx", "3xx", "4xx", "5xx"], case_sensitive=False),
-    help="Only of this one; may be repeated.",
-)
+@options.since
+@options.until
+@options.endpoints
+@options.status_classes
 @click.option("--dry-run", is_flag=True, help="Say how many there are, and export none.")
 @click.option(
     "--batch",
@@ -58,7 +43,7 @@ from flask_usage_metrics.traces.replay import NotTaken, Replay
     show_default=True,
     help="Spans to send at a time.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Say only what went wrong.")
+@options.quiet
 def replay_spans(
     since: datetime,
     until: datetime,
@@ -86,11 +71,7 @@ def replay_spans(
             f"--since must be before --until, but {exactly(since)} is not before {exactly(until)}"
         )
     storage = readable()
-    filters: dict[str, Any] = {}
-    if endpoints:
-        filters["endpoint"] = list(endpoints)
-    if status_classes:
-        filters["status_class"] = list(status_classes)
+    filters = options.filters(endpoints, status_classes)
     stretch = f"{to_the_minute(since)} to {to_the_minute(until)} UTC"
     has_bar = not (quiet or dry_run) and sys.stderr.isatty()
     exported = unfit = 0
@@ -142,12 +123,17 @@ def replay_spans(
 
 
 def _names_users() -> bool:
+    """Tell whether the app's settings let a span name the user."""
     return settings.read(current_app.config).traces_enduser
 
 
 @contextmanager
 def _progress(length: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr, of a length that is known; yields what makes it longer."""
+    """Show a progress bar on stderr; yields a function that advances it by a number of spans.
+
+    Args:
+        length: Spans in all; None: there is no bar.
+    """
     if length is None:
         yield lambda steps: None
         return

@@ -1,4 +1,4 @@
-"""Times as they are written on a command line."""
+"""Times on a command line: read from options, written in messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNITS = {
     "w": timedelta(weeks=1),
 }
 _AGO = re.compile(r"([0-9]{1,9})([mhdw])")
-# Not all that fromisoformat takes: that depends on Python's version.
+# Checked before `datetime.fromisoformat`, which takes more, depending on Python's version.
 _MOMENT = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
     r"([t ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{3}([0-9]{3})?)?)?(z|[+-][0-9]{2}:[0-9]{2})?)?"
@@ -22,12 +22,12 @@ _MOMENT = re.compile(
 
 
 def when(ctx: click.Context, param: click.Parameter, value: str) -> datetime:
-    """Return the moment that was meant; for the callback of an option.
+    """Return the time an option names, aware UTC; the callback of such an option.
 
     All options of one command line have the same now.
 
     Raises:
-        BadParameter: It is not a time.
+        BadParameter: The value is no time.
     """
     now = ctx.meta.setdefault("flask_usage_metrics.now", datetime.now(timezone.utc))
     try:
@@ -42,12 +42,12 @@ def when(ctx: click.Context, param: click.Parameter, value: str) -> datetime:
 
 
 def parse_when(text: str, now: datetime) -> datetime:
-    """Return the moment that was meant, in UTC.
+    """Return the time that a text names, aware UTC.
 
     Args:
-        text: So long ago (``90m``, ``24h``, ``7d``, ``2w``); ``now``; ``today`` or ``yesterday``,
-            which mean their midnight; or ISO 8601, where a date is its midnight and what has no
-            offset is UTC.
+        text: A time ago (``90m``, ``24h``, ``7d``, ``2w``); ``now``; ``today`` or ``yesterday``,
+            which mean midnight; or ISO 8601, where a date means midnight, and UTC if there is no
+            offset.
         now: Aware UTC.
 
     Raises:
@@ -75,10 +75,10 @@ def parse_when(text: str, now: datetime) -> datetime:
 
 
 def to_the_minute(moment: datetime) -> str:
-    """Return a moment in UTC for people."""
+    """Return an aware UTC time for people: ``"2026-08-01 12:00"``."""
     return moment.replace(tzinfo=None).isoformat(" ", "minutes")
 
 
 def exactly(moment: datetime) -> str:
-    """Return a moment as `parse_when` takes it."""
+    """Return an aware UTC time as `parse_when` takes it: ``"2026-08-01T12:00:00.000001Z"``."""
     return moment.replace(tzinfo=None).isoformat() + "Z"
