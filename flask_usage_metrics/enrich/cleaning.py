@@ -33,6 +33,8 @@ def wsgi_text(text: str, length: int) -> str:
 
 def app_text(text: str) -> str:
     """Return a text of the app's own with only valid Unicode, without NUL."""
+    if text.isascii() and "\0" not in text:
+        return text
     return encodable(text).replace("\0", "")
 
 
@@ -40,14 +42,6 @@ def app_text(text: str) -> str:
 def label(text: str | None) -> str | None:
     """Return a name out of the app's code, as `app_text` does, cut to 512 characters."""
     return None if text is None else app_text(text)[:_MAX_LABEL]
-
-
-@lru_cache(4096)
-def blueprint_of(endpoint: str | None) -> str | None:
-    """Return the blueprint of an endpoint, dotted when nested; None if it is in none."""
-    if endpoint is None or "." not in endpoint:
-        return None
-    return label(endpoint.rpartition(".")[0])
 
 
 def json_object(encoded: bytes) -> dict[str, Any]:

@@ -1,56 +1,117 @@
-"""What was made of strangers' texts, by these texts: of short ones, and of the latest."""
+"""Bounded caches: what strangers send cannot fill the memory.
+
+Two, as they differ in where values come from. `TwoGenerationCache` makes a value where it is asked
+for one, and a hit costs no more than a dict's. `ExpiringCache` is told values that were learnt
+elsewhere, perhaps large ones, each good for a time of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
 
-Key = TypeVar("Key", bound=tuple[object, ...])
-Made = TypeVar("Made")
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+_NOTHING: Any = object()
 
 
-class TwoGenerationCache(dict[Key, Made]):
-    """Subscripting it calls a function with a key, unless what that returned is known.
+class TwoGenerationCache(dict[Key, Value]):
+    """Values that a function makes of a key: ``cache[key]`` calls it if the value is not known.
 
-    What is known costs a third less than with `functools.lru_cache`, as only of what is new it is
-    asked how long the texts are: strangers could fill the memory with long ones. For one caller at
-    a time.
+    New keys, and old ones that are asked for again, go into the younger of two generations. When
+    that holds half of all there may be, it becomes the older one, and the one before is forgotten:
+    so at least the latest half is known, and a hit moves nothing, unlike in `functools.lru_cache`,
+    which also would have to be told before each call that a key is short enough to be kept.
+
+    For any thread. Two that ask for the same new key at once may both make its value.
 
     Args:
-        make: Called with the parts of a key.
-        characters: Returns how long the texts of a key are.
-        most: How many keys are remembered, half of them at least the latest ones.
-        longest: Characters of a key that is.
+        make: Called with a key; what it raises is raised, and nothing is kept.
+        size: Returns how many characters a key has; called with new keys only.
+        most: Keys that are remembered, at least 2.
+        longest: Characters of a key that is remembered; of a longer one the value is made each
+            time.
     """
 
     def __init__(
         self,
-        make: Callable[..., Made],
-        characters: Callable[[Key], int],
+        make: Callable[[Key], Value],
+        size: Callable[[Key], int],
         *,
         most: int = 1024,
         longest: int = 1024,
     ) -> None:
         super().__init__()
         self._make = make
-        self._characters = characters
+        self._size = size
         self._half = most // 2
         self._longest = longest
-        self._older: dict[Key, Made] = {}
+        self._older: dict[Key, Value] = {}
 
-    def __missing__(self, key: Key) -> Made:
-        if key in self._older:
-            made = self._older.pop(key)
-        else:
-            made = self._make(*key)
-            if self._characters(key) > self._longest:
-                return made
+    def __missing__(self, key: Key) -> Value:
+        value: Value = self._older.pop(key, _NOTHING)
+        if value is _NOTHING:
+            value = self._make(key)
+            if self._size(key) > self._longest:
+                return value
         if len(self) >= self._half:
             self._older = self.copy()
             self.clear()
-        self[key] = made
-        return made
+        self[key] = value
+        return value
 
-    def everything(self) -> dict[Key, Made]:
-        """Return all that is remembered."""
-        return {**self._older, **self}
+
+class ExpiringCache(Generic[Key, Value]):
+    """Values that are told, each until a moment of its own; the least recently used go first.
+
+    For one caller at a time.
+
+    Args:
+        weigh: Returns what a value weighs, such as its bytes; always the same for the same value.
+        most: Values that are kept.
+        most_weight: What they may weigh together; a value that alone weighs more is not kept.
+    """
+
+    def __init__(self, weigh: Callable[[Value], int], *, most: int, most_weight: int) -> None:
+        self._weigh = weigh
+        self._most = most
+        self._most_weight = most_weight
+        self._weight = 0
+        self._kept: dict[Key, tuple[float, Value]] = {}  # the least recently used one first
+
+    def get(self, key: Key, now: float) -> Value | None:
+        """Return the value of a key; None if there is none, or its time is over.
+
+        Args:
+            key: As `put` was given it.
+            now: By the clock that `until` was read from.
+        """
+        kept = self._kept.pop(key, None)
+        if kept is None:
+            return None
+        until, value = kept
+        if now < until:
+            self._kept[key] = kept
+            return value
+        self._weight -= self._weigh(value)
+        return None
+
+    def put(self, key: Key, value: Value, until: float) -> None:
+        """Keep a value; it takes the place of one with the same key.
+
+        Args:
+            key: What `get` finds it by.
+            value: Not None.
+            until: From this moment on it is not found.
+        """
+        if key in self._kept:
+            self._forget(key)
+        self._kept[key] = (until, value)
+        self._weight += self._weigh(value)
+        while len(self._kept) > self._most or self._weight > self._most_weight:
+            self._forget(next(iter(self._kept)))
+
+    def _forget(self, key: Key) -> None:
+        _, value = self._kept.pop(key)
+        self._weight -= self._weigh(value)

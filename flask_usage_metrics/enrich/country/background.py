@@ -12,6 +12,7 @@ import msgspec
 
 from flask_usage_metrics.enrich.country.answer import KNOWN, UNKNOWN, Answer
 from flask_usage_metrics.enrich.country.limits import Limits
+from flask_usage_metrics.runtime.caches import ExpiringCache
 from flask_usage_metrics.runtime.faults import Faults
 
 THREAD_NAME = "flask_usage_metrics country"
@@ -73,8 +74,11 @@ class BackgroundLookup:
     def reset_after_fork(self, answered: Condition) -> None:
         """Forget thread, questions and answers, which may be half-way in another's hands."""
         self._answered = answered
-        self._kept: dict[str, tuple[float, Reply]] = {}
-        self._kept_bytes = 0
+        self._replies: ExpiringCache[str, Reply] = ExpiringCache(
+            lambda reply: len(reply.ip_info or b""),
+            most=self._limits.answers,
+            most_weight=self._limits.answers_bytes,
+        )
         self._deadlines: dict[str, float] = {}
         self._questions: SimpleQueue[str | None] = SimpleQueue()
         self._thread: Thread | None = None
@@ -87,7 +91,7 @@ class BackgroundLookup:
             return UNKNOWN
         now = self._limits.clock()
         with self._answered:
-            reply = self._find(address, now)
+            reply = self._replies.get(address, now)
             deadline = self._deadlines.get(address)
             late = reply is None and deadline is not None and now >= deadline
             if late:
@@ -121,16 +125,6 @@ class BackgroundLookup:
             thread.join(1.0)
 
     # ---------------------------------------------------------------- the thread that calls locate
-
-    def _find(self, address: str, now: float) -> Reply | None:
-        kept = self._kept.pop(address, None)
-        if kept is None:
-            return None
-        if now < kept[0]:
-            self._kept[address] = kept  # last again: the least recently used is first
-            return kept[1]
-        self._kept_bytes -= len(kept[1].ip_info or b"")
-        return None
 
     def _ask(self, address: str, now: float) -> Answer | None:
         if not self._source.accepts(address):
@@ -186,17 +180,9 @@ class BackgroundLookup:
         with self._answered:
             self._deadlines.pop(address, None)
             if reply is not None:
-                self._keep(address, reply)
+                self._replies.put(address, reply, self._limits.clock() + reply.keep_seconds)
             self.arrived += 1
             self._answered.notify_all()
-
-    def _keep(self, address: str, reply: Reply) -> None:
-        limits = self._limits
-        self._kept[address] = (limits.clock() + reply.keep_seconds, reply)
-        self._kept_bytes += len(reply.ip_info or b"")
-        while len(self._kept) > limits.answers or self._kept_bytes > limits.answers_bytes:
-            oldest = next(iter(self._kept))
-            self._kept_bytes -= len(self._kept.pop(oldest)[1].ip_info or b"")
 
     def _report(self, what: str) -> None:
         self._faults.report("country", what, "a country is unknown")

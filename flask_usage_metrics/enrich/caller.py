@@ -1,0 +1,125 @@
+"""The caller of a request -> fields of its record: address, X-Forwarded-For, browser, language."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from flask_usage_metrics.enrich import clients
+from flask_usage_metrics.enrich.cleaning import wsgi_text
+from flask_usage_metrics.enrich.country import Answer, CountryLookup
+from flask_usage_metrics.enrich.privacy.policy import Policy
+from flask_usage_metrics.records.address import TrustedProxies, normalise
+from flask_usage_metrics.records.observation import ENVIRON_KEYS
+from flask_usage_metrics.runtime.caches import TwoGenerationCache
+
+CALLER = slice(ENVIRON_KEYS.index("REMOTE_ADDR"), ENVIRON_KEYS.index("HTTP_REFERER"))
+"""Where an observation's environ tells of the caller."""
+
+CallerKey = tuple[tuple[str, ...], str | None]
+"""The texts of `CALLER`, and the address of the peer where ProxyFix replaced it."""
+
+ClientFields = tuple[str | None, str | None, str | None, str | None, str | None, str]
+"""The fields of a record from `user_agent` to `client`, in its order."""
+
+
+class Caller(msgspec.Struct, frozen=True, gc=False):
+    """Who asked, as it is kept: the same for all that one client asks for.
+
+    Attributes:
+        address: The whole address, normalised; what is kept of it is `remote_addr`.
+        is_trusted: Whether a trusted proxy sent the request.
+        answer: The country, if it is the same for ever.
+        remote_addr: Of the record.
+        forwarded_for: Of the record.
+        client_fields: Of the record.
+    """
+
+    address: str | None
+    is_trusted: bool
+    answer: Answer | None
+    remote_addr: str | None
+    forwarded_for: str | None
+    client_fields: ClientFields
+
+
+class Callers(TwoGenerationCache[CallerKey, Caller]):
+    """Callers by the texts that tell of them; one client asks for much.
+
+    Args:
+        country_lookup: Where countries are looked up.
+        trusted: Which proxies are believed.
+        policy: What is kept.
+    """
+
+    def __init__(
+        self, country_lookup: CountryLookup, trusted: TrustedProxies, policy: Policy
+    ) -> None:
+        super().__init__(self._caller, _characters)
+        self._country_lookup = country_lookup
+        self._trusted = trusted
+        self._policy = policy
+
+    def country_now(self, environ: Mapping[str, Any]) -> str | None:
+        """Return the country of a request under way, if it is known at once; for any thread.
+
+        Args:
+            environ: Of the request (WSGI).
+        """
+        proxied = environ.get("werkzeug.proxy_fix.orig")
+        address, is_trusted = self._whence(
+            str(environ.get("REMOTE_ADDR", "")),
+            str(environ.get("HTTP_X_FORWARDED_FOR", "")),
+            None if proxied is None else proxied.get("REMOTE_ADDR"),
+        )
+        headers = tuple([str(environ.get(name, "")) for name in self._country_lookup.headers])
+        return self._country_lookup.locate_now(address, headers, is_trusted)
+
+    def _caller(self, key: CallerKey) -> Caller:
+        (remote_addr, forwarded_for, user_agent, language), peer = key
+        address, is_trusted = self._whence(remote_addr, forwarded_for, peer)
+        policy, country_lookup = self._policy, self._country_lookup
+        client = clients.describe(user_agent)
+        return Caller(
+            address,
+            is_trusted,
+            country_lookup.locate(address, (), is_trusted) if country_lookup.is_static else None,
+            policy.address(address),
+            policy.header(wsgi_text(forwarded_for, 512) or None),
+            (
+                policy.header(wsgi_text(user_agent, 512) or None),
+                client.browser,
+                client.version,
+                client.platform,
+                clients.language(language),
+                client.kind,
+            ),
+        )
+
+    def _whence(
+        self, remote_addr: str, forwarded_for: str, proxied: str | None
+    ) -> tuple[str | None, bool]:
+        """Return the client's address, and whether a trusted proxy sent the request."""
+        direct = normalise(remote_addr)
+        if proxied is not None:
+            # ProxyFix has replaced the address: it has read the header already.
+            return direct, normalise(proxied) in self._trusted
+        if self._trusted and forwarded_for:
+            return self._trusted.client(remote_addr, forwarded_for), direct in self._trusted
+        return direct, direct in self._trusted
+
+
+def nameless(caller: Caller) -> Caller:
+    """Return a caller who does not want to be known: without addresses and user agent."""
+    return msgspec.structs.replace(
+        caller,
+        remote_addr=None,
+        forwarded_for=None,
+        client_fields=(None, *caller.client_fields[1:]),
+    )
+
+
+def _characters(key: CallerKey) -> int:
+    return len("".join(key[0]))

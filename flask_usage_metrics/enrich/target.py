@@ -1,0 +1,93 @@
+"""The target of a request -> fields of its record: method, host, path, query, rule, arguments."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from flask_usage_metrics.enrich.cleaning import encode, json_object, label, wsgi_text
+from flask_usage_metrics.enrich.privacy.policy import Policy
+from flask_usage_metrics.records.observation import ENVIRON_KEYS
+from flask_usage_metrics.runtime.caches import TwoGenerationCache
+
+TARGET = slice(ENVIRON_KEYS.index("CONTENT_LENGTH"))
+"""Where an observation's environ tells of the target."""
+
+TargetKey = tuple[tuple[str, ...], str | None, str | None, bytes | None]
+"""The texts of `TARGET`, endpoint, rule, and the view's arguments as JSON."""
+
+TargetFields = tuple[
+    str, str, str, str, str, str, str, str | None, str | None, str | None
+]  # fmt: skip
+"""The fields of a record from `method` to `blueprint`, in its order."""
+
+
+class Target(msgspec.Struct, frozen=True, gc=False):
+    """What was asked for, as it is kept: the same for all who ask for the same.
+
+    Attributes:
+        asked_host: The host as it came.
+        fields: Of the record.
+        view_args: JSON values; None when no route matched.
+        nested: The same as JSON, if they are not all plain values: a copy would share some.
+    """
+
+    asked_host: str
+    fields: TargetFields
+    view_args: dict[str, Any] | None
+    nested: bytes | None
+
+
+class Targets(TwoGenerationCache[TargetKey, Target]):
+    """Targets by the texts that tell of them; many requests ask for the same.
+
+    Args:
+        policy: What is kept.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(self._target, _characters)
+        self._policy = policy
+
+    def _target(self, key: TargetKey) -> Target:
+        (method, scheme, host, root_path, path, query, protocol), endpoint, rule, arguments = key
+        endpoint, rule = label(endpoint), label(rule)
+        view_args: dict[str, Any] | None = None if endpoint is None else {}
+        if arguments is not None:
+            view_args = json_object(arguments)
+        path, query, view_args = self._policy.target(
+            wsgi_text(path, 2048), wsgi_text(query, 4096), rule, view_args
+        )
+        fields = (
+            wsgi_text(method, 32),
+            wsgi_text(scheme, 8),
+            wsgi_text(host, 255),
+            wsgi_text(root_path, 1024).rstrip("/"),
+            path,
+            query,
+            wsgi_text(protocol, 16),
+            endpoint,
+            rule,
+            blueprint_of(endpoint),
+        )
+        nested = None if _is_flat(view_args) else encode(view_args)
+        return Target(host, fields, view_args, nested)
+
+
+@lru_cache(4096)
+def blueprint_of(endpoint: str | None) -> str | None:
+    """Return the blueprint of an endpoint, dotted when nested; None if it is in none."""
+    if endpoint is None or "." not in endpoint:
+        return None
+    return label(endpoint.rpartition(".")[0])
+
+
+def _characters(key: TargetKey) -> int:
+    return len("".join(key[0])) + len(key[3] or b"")
+
+
+def _is_flat(values: dict[str, Any] | None) -> bool:
+    """Tell whether there is nothing that could be changed in a value of these."""
+    return values is None or not any(isinstance(value, dict | list) for value in values.values())
