@@ -19,7 +19,11 @@ import pytest
 from helpers.process import until
 from helpers.servers import Gunicorn
 
-from flask_usage_metrics import UsageRecord, demo
+from flask_usage_metrics import UsageRecord
+from flask_usage_metrics.demo import __main__ as command
+from flask_usage_metrics.demo.comparison import differences, read_counted
+from flask_usage_metrics.demo.shop import make_app
+from flask_usage_metrics.demo.visitors import HOST, PLACES
 from flask_usage_metrics.storage import open_storage
 from flask_usage_metrics.storage.jsonl import JSONLinesStorage
 
@@ -143,7 +147,7 @@ def test_a_wrong_argument_is_refused(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        demo.main(arguments)
+        command.main(arguments)
     assert message in capsys.readouterr().err
 
 
@@ -157,7 +161,7 @@ def test_a_wrong_argument_is_refused(
 def test_a_storage_that_does_not_do_is_refused(
     url: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert demo.main(["--requests", "5", "--storage", url]) == 2
+    assert command.main(["--requests", "5", "--storage", url]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith(message)
     assert "secret" not in shown.out + shown.err
@@ -176,12 +180,12 @@ class Forgetful(JSONLinesStorage):
 def test_a_storage_that_loses_a_record_is_found_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    app, usage = demo.make_app(Forgetful(tmp_path / "records.jsonl"))
+    app, usage = make_app(Forgetful(tmp_path / "records.jsonl"))
     with (
-        socket.create_server((demo.HOST, 0)) as listener,
-        demo.serving(app, listener) as port,
+        socket.create_server((HOST, 0)) as listener,
+        command.serving(app, listener) as port,
     ):
-        assert demo.run(port, usage, requests=20, seed=1) == 1
+        assert command.run(port, usage, requests=20, seed=1) == 1
     usage.storage.close()
     shown = capsys.readouterr().out
     assert "Storage and /metrics differ:\n" in shown
@@ -209,12 +213,12 @@ def test_differences_are_named(
     def sums(given: dict[str, int]) -> Counter[tuple[str, str, str]]:
         return Counter({(endpoint, "200", "NL"): n for endpoint, n in given.items()})
 
-    assert demo.differences(sums(stored), sums(counted), sent) == expected
+    assert differences(sums(stored), sums(counted), sent) == expected
 
 
 def test_the_addresses_are_of_the_countries_they_stand_for() -> None:
     iptocc = pytest.importorskip("iptocc")
-    places = re.findall(r"(..) (\d+) (\S+) (..)", demo.PLACES)
+    places = re.findall(r"(..) (\d+) (\S+) (..)", PLACES)
     right = [place for place in places if iptocc.country_code(f"{place[2]}1") == place[0]]
     assert len(places) == 40
     # Networks change hands: a few may be somebody else's by the next release of the lists.
@@ -226,8 +230,8 @@ def test_without_iptocc_it_says_that_countries_stay_unknown(
 ) -> None:
     monkeypatch.setitem(sys.modules, "iptocc", None)
     monkeypatch.delitem(sys.modules, "flask_usage_metrics.enrich.country.offline", raising=False)
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    assert demo.main(["--requests", "5"]) == 0
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert command.main(["--requests", "5"]) == 0
     shown = capsys.readouterr().out
     assert "Countries stay unknown: pip install 'flask-usage-metrics[country]'\n" in shown
     assert {country for _, _, country, _, _ in ROW.findall(shown)} == {"ZZ"}
@@ -244,7 +248,7 @@ def test_visitors_can_be_sent_to_a_shop_that_gunicorn_serves(tmp_path: Path) -> 
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.endswith("\n61 requests sent.\n")
-        until(lambda: demo.read_counted(server.port).total(), 61)
+        until(lambda: read_counted(server.port).total(), 61)
         slo = [line for line in server.get("/metrics").splitlines() if "slo_events_total{" in line]
         assert len(slo) == 4
         assert sum(float(line.split()[-1]) for line in slo) == 2 * 61
@@ -253,7 +257,7 @@ def test_visitors_can_be_sent_to_a_shop_that_gunicorn_serves(tmp_path: Path) -> 
 def test_visitors_of_a_shop_that_nobody_serves_are_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with socket.create_server((demo.HOST, 0)) as free:
+    with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
-    assert demo.main(["--visit", str(port)]) == 2
+    assert command.main(["--visit", str(port)]) == 2
     assert capsys.readouterr().err.startswith(f"demo: port {port}: ")

@@ -24,7 +24,8 @@ from helpers.process import until
 from helpers.prometheus import Prometheus
 from helpers.servers import Gunicorn
 
-from flask_usage_metrics import UsageRecord, demo, open_storage
+from flask_usage_metrics import UsageRecord, open_storage
+from flask_usage_metrics.demo import comparison, visitors
 from flask_usage_metrics.storage import Storage
 
 # All that is opt-in is on. A consumer that cannot be named is a fault of ours to be counted.
@@ -42,7 +43,7 @@ app = create_app("sqlite:///usage.sqlite3", consumer=consumer)
 """
 OPTIONS = {
     "FLASK_TRACK_USAGE_STATE_DIR": "state",
-    "FLASK_TRACK_USAGE_VISITORS": "daily",
+    "FLASK_TRACK_USAGE_visitors.VISITORS": "daily",
     "FLASK_TRACK_USAGE_TRACES": "true",
     "OTEL_TRACES_EXPORTER": "none",
 }
@@ -111,7 +112,7 @@ def visited_shop(folder: Path) -> Iterator[Live]:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("promtool is not installed")
     with Gunicorn(folder, "--workers=3", "--threads=4", app=SHOP, **OPTIONS) as server:
         send(server.port)
-        until(lambda: demo.read_counted(server.port).total(), SENT)
+        until(lambda: comparison.read_counted(server.port).total(), SENT)
         instance = f"127.0.0.1:{server.port}"
         remember_a_week_ago(folder, instance)
         with Prometheus(folder, instance) as prometheus:
@@ -142,12 +143,12 @@ def visited_shop(folder: Path) -> Iterator[Live]:
 
 def send(port: int) -> None:
     """Let the same visitors in as ever."""
-    todo = list(islice(demo.visits(random.Random("dashboards")), SENT))
+    todo = list(islice(visitors.visits(random.Random("dashboards")), SENT))
     # Nobody knows the country of a private address.
     todo[::40] = [("GET", "/", {"X-Forwarded-For": "10.0.0.1"}, "")] * len(todo[::40])
-    with ThreadPoolExecutor(demo.VISITORS) as pool:
-        shares = [iter(todo[number :: demo.VISITORS]) for number in range(demo.VISITORS)]
-        assert sum(pool.map(lambda share: demo.send(port, share, 0.0, Event()), shares)) == SENT
+    with ThreadPoolExecutor(visitors.VISITORS) as pool:
+        shares = [iter(todo[number :: visitors.VISITORS]) for number in range(visitors.VISITORS)]
+        assert sum(pool.map(lambda share: visitors.send(port, share, 0.0, Event()), shares)) == SENT
 
 
 def remember_a_week_ago(folder: Path, instance: str) -> None:

@@ -41,7 +41,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 from helpers.prometheus import Prometheus  # noqa: E402
 from helpers.servers import Gunicorn  # noqa: E402
 
-from flask_usage_metrics import demo  # noqa: E402
+from flask_usage_metrics.demo import comparison, visitors  # noqa: E402
 
 WIDTH, GAP, CELL, HEADER = 1600, 8, 30, 64
 STEP = 5  # seconds between points; Grafana's would be that of the scrapes, often 15
@@ -132,7 +132,7 @@ def measuring(folder: Path, options: argparse.Namespace) -> Iterator[str]:
         time.sleep(4)  # so that the counters are seen at 0
         if options.quiet:
             for path in ("/", "/product/1", "/cart"):
-                demo.ask(server.port, "GET", path, {"X-Forwarded-For": "145.97.20.1"})
+                visitors.ask(server.port, "GET", path, {"X-Forwarded-For": "145.97.20.1"})
                 time.sleep(seconds / 3)
         else:
             let_visitors_in(server.port, seconds)
@@ -146,14 +146,14 @@ def let_visitors_in(port: int, seconds: float) -> None:
     with ThreadPoolExecutor(8) as pool:
         for number in range(8):
             todo = paced(random.Random(number), begun, seconds)
-            pool.submit(demo.send, port, todo, 0.0, stopped)
+            pool.submit(visitors.send, port, todo, 0.0, stopped)
         time.sleep(seconds)
         stopped.set()
 
 
-def paced(rng: random.Random, begun: float, seconds: float) -> Iterator[demo.Visit]:
+def paced(rng: random.Random, begun: float, seconds: float) -> Iterator[visitors.Visit]:
     """Yield visits, more and fewer of them as time goes on, and a while of failing checkouts."""
-    for visit in demo.visits(rng):
+    for visit in visitors.visits(rng):
         gone = (time.monotonic() - begun) / seconds
         time.sleep(rng.expovariate(1) * 0.3 / (1.3 - math.cos(9 * gone)))
         yield visit
@@ -163,7 +163,7 @@ def paced(rng: random.Random, begun: float, seconds: float) -> Iterator[demo.Vis
 
 def counted(port: int) -> str:
     """Return what the app itself says, to compare pictures with."""
-    sums = demo.read_counted(port)
+    sums = comparison.read_counted(port)
     text = f"{sums.total()} requests\n"
     for index, label in enumerate(("endpoint", "status", "country")):
         by: Counter[str] = Counter()
