@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Final
 
-_T = TypeVar("_T")
+from flask_usage_metrics.runtime.caches import TwoGenerationCache
 
-
-class _Known(dict[str, _T]):
-    """By a short text, what a function makes of it.
-
-    At 440 instructions, where calling `int` costs 1 130 and `lru_cache` 710.
-    """
-
-    def __init__(self, make: Callable[[str], _T]) -> None:
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, text: str) -> _T:
-        made = self._make(text)
-        if len(self) < _MOST_KNOWN and len(text) < _MOST_CHARACTERS:
-            self[text] = made
-        return made
-
-
-_MOST_KNOWN = 4096
-_MOST_CHARACTERS = 32
+_MOST_TEXTS = 4096
+_LONGEST_TEXT = 31
 
 
 def _number(text: str) -> int | None:
     return int(text) if text.isdecimal() and text.isascii() else None
 
 
-LENGTHS = _Known(_number)
-"""By a Content-Length the number of bytes; None if it is none."""
+def _code(status_line: str) -> int:
+    return _number(status_line[:3]) or 0
 
-STATUSES = _Known(lambda status: _number(status[:3]) or 0)
-"""By a status line its code; 0 if it has none."""
+
+# Looked up instead of parsed: see tests/benchmarks/README.md.
+LENGTHS: Final = TwoGenerationCache(_number, len, most=_MOST_TEXTS, longest=_LONGEST_TEXT)
+"""Number of bytes by the text of a Content-Length; None if that is no number."""
+
+STATUSES: Final = TwoGenerationCache(_code, len, most=_MOST_TEXTS, longest=_LONGEST_TEXT)
+"""Status code by a status line; 0 if it has none."""
