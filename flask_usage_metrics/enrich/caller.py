@@ -11,7 +11,8 @@ from flask_usage_metrics.enrich import clients
 from flask_usage_metrics.enrich.cleaning import wsgi_text
 from flask_usage_metrics.enrich.country import Answer, CountryLookup
 from flask_usage_metrics.enrich.privacy.policy import Policy
-from flask_usage_metrics.records.address import TrustedProxies, normalise
+from flask_usage_metrics.enrich.trusted_proxies import TrustedProxies
+from flask_usage_metrics.records.address import normalise
 from flask_usage_metrics.records.observation import ENVIRON_KEYS
 from flask_usage_metrics.runtime.caches import TwoGenerationCache
 

@@ -25,8 +25,8 @@ from flask_usage_metrics.enrich.cleaning import (
 from flask_usage_metrics.enrich.country import CountryLookup
 from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.enrich.target import TARGET, Targets
+from flask_usage_metrics.enrich.trusted_proxies import TrustedProxies
 from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
-from flask_usage_metrics.records.address import TrustedProxies
 from flask_usage_metrics.records.ids import NUMBER_BITS, record_ids
 from flask_usage_metrics.records.observation import ENVIRON_KEYS, Observation, Origin
 from flask_usage_metrics.records.record import UsageRecord

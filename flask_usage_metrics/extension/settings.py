@@ -13,11 +13,11 @@ import msgspec
 
 from flask_usage_metrics.enrich.privacy.policy import PRESETS, Preset
 from flask_usage_metrics.enrich.privacy.redaction import Redactor
+from flask_usage_metrics.enrich.trusted_proxies import TrustedProxies
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.metrics.names import LABELS, REQUEST_LABELS
 from flask_usage_metrics.metrics.objectives import Objective, parse_objectives
 from flask_usage_metrics.metrics.shape import Shape
-from flask_usage_metrics.records.address import TrustedProxies
 from flask_usage_metrics.records.summary import BUCKETS
 
 PREFIX = "TRACK_USAGE_"

@@ -1,28 +1,16 @@
-"""Client addresses: one spelling for each, and the client's address behind trusted proxies."""
+"""Client addresses: one spelling for each, and which of them are public."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import lru_cache
-from ipaddress import (
-    IPv4Address,
-    IPv4Network,
-    IPv6Address,
-    IPv6Network,
-    ip_address,
-    ip_network,
-)
-
-from flask_usage_metrics.errors import ConfigError
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 _MAX_TEXT = 64
-_MAX_FORWARDED_FOR = 2048
 _CACHED = 8192
 
 _WITH_PORT = re.compile(r"(?:\[([^\[\]]+)\]|([0-9.]+))(?::[0-9]{1,5})?")
 
-_MAPPED = IPv6Network("::ffff:0:0/96")  # RFC 4291, 2.5.5.2
 _NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052, 2.1
 
 _INTERNAL = tuple(
@@ -97,83 +85,3 @@ def is_global(address: str) -> bool:
     except ValueError:
         return False
     return parsed.is_global and not parsed.is_multicast
-
-
-class TrustedProxies:
-    """The proxies whose X-Forwarded-For is believed; true if there are any. For any thread.
-
-    Args:
-        ranges: Addresses and CIDR ranges, such as ``["127.0.0.1", "10.0.0.0/8"]``.
-
-    Raises:
-        ConfigError: One of them is neither an address nor a range.
-    """
-
-    def __init__(self, ranges: Sequence[str]) -> None:
-        self._networks = tuple(_network(text) for text in ranges)
-        # A cache of the instance: one of the class would keep every instance alive.
-        self._trusts = lru_cache(_CACHED)(self._look_up)
-
-    def __bool__(self) -> bool:
-        return bool(self._networks)
-
-    def __contains__(self, address: str | None) -> bool:
-        """Tell whether a normalised address is that of a trusted proxy; False for None."""
-        return address is not None and bool(self._networks) and self._trusts(address)
-
-    def client(self, peer: str | None, forwarded_for: str) -> str | None:
-        """Find the address of the client behind the trusted proxies.
-
-        Each proxy appends the address it was called from. So X-Forwarded-For is read from its right
-        end, and only as far as trusted proxies wrote it: anybody can make up the rest.
-
-        Args:
-            peer: Address of whoever opened the connection, as the server gives it; None: unknown.
-            forwarded_for: The X-Forwarded-For header, ``""`` if absent; only its last 2048
-                characters are looked at.
-
-        Returns:
-            The first address from the right that is not trusted; the left-most if all are; the
-            last good one when an entry is no address. The peer when it is not trusted itself. All
-            normalised; None when the peer is unknown.
-        """
-        nearest = normalise(peer) if peer is not None else None
-        if nearest not in self:
-            return nearest
-        kept = forwarded_for[-_MAX_FORWARDED_FOR:]
-        if len(forwarded_for) > _MAX_FORWARDED_FOR:
-            # The first entry may be cut: "203.0.113.9" to "3.0.113.9", which is another address.
-            kept = kept.partition(",")[2]
-        for entry in reversed(kept.split(",")):
-            address = normalise(entry)
-            if address is None:
-                break
-            nearest = address
-            if address not in self:
-                break
-        return nearest
-
-    def _look_up(self, address: str) -> bool:
-        try:
-            parsed = ip_address(address)
-        except ValueError:
-            return False
-        return any(parsed in network for network in self._networks)
-
-
-def _network(text: object) -> IPv4Network | IPv6Network:
-    # ip_network() takes numbers too: 10 would be 0.0.0.10.
-    if isinstance(text, str):
-        try:
-            network = ip_network(text.strip(), strict=False)
-        except ValueError:
-            pass
-        else:
-            # The addresses it is compared with are normalised, so it has to be.
-            if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
-                base = int(network.network_address) & 0xFFFFFFFF
-                return IPv4Network((base, network.prefixlen - 96))
-            return network
-    raise ConfigError(
-        f"TRACK_USAGE_TRUSTED_PROXIES must hold addresses or CIDR ranges, not {text!r}"
-    )

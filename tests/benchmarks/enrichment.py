@@ -21,8 +21,9 @@ from flask_usage_metrics.enrich.country import make_country_lookup
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.privacy.policy import PRESETS, Policy
 from flask_usage_metrics.enrich.privacy.pseudonyms import Pseudonyms
+from flask_usage_metrics.enrich.trusted_proxies import TrustedProxies
 from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
-from flask_usage_metrics.records.address import TrustedProxies, normalise
+from flask_usage_metrics.records.address import normalise
 from flask_usage_metrics.records.observation import Extras, Observation
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.state_dir import StateDir
