@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flask_usage_metrics.enrich.visitors import tally as tally_module
 from flask_usage_metrics.enrich.visitors.daily_ids import GRACE_SECONDS, VisitorIds
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 from flask_usage_metrics.runtime.faults import Faults
@@ -975,7 +976,7 @@ def test_a_fork_takes_nothing_away(tmp_path: Path) -> None:
     assert python(log + FORKED, "").split()[0] == "3"  # a child alone has its own
 
 
-def test_a_fork_in_the_middle_of_a_visit_blocks_no_child(tmp_path: Path) -> None:
+def test_a_fork_in_the_middle_of_a_call_blocks_no_child(tmp_path: Path) -> None:
     script = """
 import os, sys, threading, warnings
 from pathlib import Path
@@ -1076,42 +1077,49 @@ def locked(path: Path) -> Iterator[None]:
         other.execute("ROLLBACK")
 
 
-def test_a_locked_file_delays_but_loses_nothing(shop: Shop) -> None:
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the pauses after a failure, in seconds: one second each."""
+    clock = Clock(0.0)
+    monkeypatch.setattr(tally_module, "monotonic", clock)
+    return clock
+
+
+def test_a_locked_file_delays_but_loses_nothing(shop: Shop, pauses: Clock) -> None:
     tally, fresh = shop.tally(), shop.tally()
     tally.add(at(NOON, range(10)))
     begun = time.monotonic()
     with locked(shop.folder / f"{TODAY}.sqlite3"):
-        tally.add(at(NOON, range(10)))  # who was counted lately costs no visit
+        tally.add(at(NOON, range(10)))  # who was counted lately costs no sync
         assert shop.fault_count() == 0
-        assert time.monotonic() - begun < 0.9
         tally.add(at(NOON, range(5, 20)))
         assert 0.5 < time.monotonic() - begun < 5
-        start = time.monotonic()
         for number in range(20, 50):
             tally.add(at(NOON, [number]))
             assert tally.today() == 10
-        assert time.monotonic() - start < 0.9  # at most one wait in a second
-        assert shop.fault_count() == 1
+        assert shop.fault_count() == 1  # at most one wait in a second
+        pauses.now = 0.5
         assert fresh.today() == 0
         fresh.add(at(NOON, ["fresh"]))
-        time.sleep(max(0.0, 3 - (time.monotonic() - begun)))
         assert shop.fault_count() == 2
+    assert tally.today() == 10  # it pauses still
+    pauses.now = 1.0
     assert tally.today() == 50
+    assert fresh.today() == 0
     fresh.close()  # it adds what is left, without a pause
     assert tally.today() == 51
     assert shop.fault_count() == 2
 
 
-def test_what_waits_for_a_locked_file_is_bounded(shop: Shop) -> None:
+def test_what_waits_for_a_locked_file_is_bounded(shop: Shop, pauses: Clock) -> None:
     tally = shop.tally()
     tally.add(at(NOON, range(10)))
     tracemalloc.start()
     with locked(shop.folder / f"{TODAY}.sqlite3"):
         tally.add((NOON, f"{visitor:>016}") for visitor in range(110_000))
-        paused = time.monotonic()
         held, _ = tracemalloc.get_traced_memory()
         assert held < 20e6
-    time.sleep(max(0.0, 1 - (time.monotonic() - paused)))
+    pauses.now += 1
     assert tally.today() == 100_010
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -1123,14 +1131,17 @@ def test_what_waits_for_a_locked_file_is_bounded(shop: Shop) -> None:
 
 def test_a_full_disk_delays_but_loses_nothing(tmp_path: Path) -> None:
     script = """
-import logging, resource, sys, time
+import logging, resource, sys
 from pathlib import Path
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.state_dir import StateDir
-from flask_usage_metrics.enrich.visitors.tally import VisitorTally
+from flask_usage_metrics.enrich.visitors import tally as module
+now = 0.0
+module.monotonic = lambda: now  # the clock of the pauses after a failure
 logging.disable()
 faults = Faults()
-tally = VisitorTally(StateDir([Path(sys.argv[1])], "shop"), "shop", faults, clock=lambda: 86400.0)
+state = StateDir([Path(sys.argv[1])], "shop")
+tally = module.VisitorTally(state, "shop", faults, clock=lambda: 86400.0)
 tally.add([(86400.0, "first")])
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -1138,7 +1149,7 @@ tally.add((86400.0, str(number)) for number in range(3000))
 assert faults.counts() == {"visitors": 1}
 assert tally.today() == 1
 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-time.sleep(1)
+now = 1.0
 print(tally.today(), faults.counts())
 """
     assert python(script, tmp_path) == "3001 {'visitors': 1}\n"
@@ -1189,7 +1200,7 @@ def test_what_is_in_the_place_of_the_set_is_not_used(shop: Shop, what: str) -> N
     assert shop.fault_count() == 1
 
 
-def test_a_place_that_is_lost_leaves_the_last_known_number(shop: Shop) -> None:
+def test_a_place_that_is_lost_leaves_the_last_known_number(shop: Shop, pauses: Clock) -> None:
     tally, other = shop.tally(), shop.tally()
     other.add(at(NOON, range(10)))
     tally.add(at(NOON, [1, 2]))
@@ -1202,7 +1213,7 @@ def test_a_place_that_is_lost_leaves_the_last_known_number(shop: Shop) -> None:
     assert shop.fault_count() == 1
     shop.folder.unlink()
     aside.rename(shop.folder)
-    time.sleep(1)
+    pauses.now += 1
     assert tally.today() == 11
 
 

@@ -404,7 +404,7 @@ class Custom:
 
 @pytest.fixture
 def registry() -> CollectorRegistry:
-    """What an app has, most of it by client_python's default; this process counted 1 order."""
+    """An app's registry, most of it client_python's default; this process counted 1 order."""
     made = CollectorRegistry(auto_describe=True)
     Counter("orders", "Orders.", ["shop"], registry=made).labels("here").inc()
     Counter("only_here", "Not in the files.", registry=made).inc()
@@ -504,8 +504,8 @@ class TestProcessMetrics:
         assert set(together) == set(alone[0])
         assert len(together) == 6
         for name, value in together.items():
-            fold = min if name == "process_start_time_seconds" else sum
-            assert value == pytest.approx(fold(one[name] for one in alone), rel=0.02), name
+            combine = min if name == "process_start_time_seconds" else sum
+            assert value == pytest.approx(combine(one[name] for one in alone), rel=0.02), name
         assert together["process_resident_memory_bytes"] > 10_000_000
 
     def test_vanished_processes_are_skipped(self, workers: Workers) -> None:

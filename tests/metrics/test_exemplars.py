@@ -49,7 +49,7 @@ class Found(NamedTuple):
     timestamp: float
 
     @property
-    def place(self) -> tuple[str, str]:
+    def bucket(self) -> tuple[str, str]:
         return self.labels.get("endpoint", ""), self.labels["le"]
 
 
@@ -97,7 +97,7 @@ def expose(totals: Totals) -> list[Found]:
 
 def numbers(totals: Totals) -> dict[tuple[str, str], int]:
     """Return which record is the exemplar, by endpoint and bound."""
-    return {exemplar.place: exemplar.number for exemplar in expose(totals)}
+    return {exemplar.bucket: exemplar.number for exemplar in expose(totals)}
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_a_forked_child_starts_with_none(totals: Totals) -> None:
     assert numbers(totals) == {("user", "0.025"): 2}
 
 
-SIBLING = """
+WORKER = """
 import os, signal, sys
 from pathlib import Path
 from flask_usage_metrics.metrics.shape import Shape
@@ -291,7 +291,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-class TestSiblings:
+class TestWorkers:
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
         (tmp_path / "g").mkdir(mode=0o700)
@@ -311,8 +311,8 @@ class TestSiblings:
         add(totals, traced(1, after=5), traced(2, after=5, duration_seconds=0.6))
         add(totals, traced(3, endpoint="ours"))
         totals.sync()
-        sibling = subprocess.run(
-            [sys.executable, "-c", SIBLING, path],
+        worker = subprocess.run(
+            [sys.executable, "-c", WORKER, path],
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(["tests", "tests/metrics", *sys.path]),
@@ -323,18 +323,18 @@ class TestSiblings:
             timeout=60,
             check=False,
         )
-        assert sibling.returncode == -signal.SIGKILL
+        assert worker.returncode == -signal.SIGKILL
         expected = {
             ("ours", "0.025"): 3,
             ("theirs", "0.025"): 13,
             ("user", "0.025"): 1,
             ("user", "0.75"): 12,
         }
-        assert sibling.stdout.strip() == str(sorted(expected.items()))
+        assert worker.stdout.strip() == str(sorted(expected.items()))
         assert numbers(totals) == expected
         totals.close()
 
-    def test_what_was_exchanged_is_replaced_by_what_is_newer(self, workers: list[Totals]) -> None:
+    def test_what_was_synced_is_replaced_by_what_is_newer(self, workers: list[Totals]) -> None:
         for step in range(12):
             add(workers[step % 3], traced(step, after=step))
             workers[step % 3].sync()
@@ -420,7 +420,7 @@ class TestPrometheus:
     ) -> None:
         target, totals = served
 
-        def visit(number: int, *, before: float, **overrides: Any) -> None:
+        def count(number: int, *, before: float, **overrides: Any) -> None:
             # Prometheus wants those of one series in the order of their time.
             ended = datetime.now(timezone.utc) - timedelta(seconds=before)
             add(totals, traced(number, after=(ended - START).total_seconds(), **overrides))
@@ -436,12 +436,12 @@ class TestPrometheus:
                 ]
 
             start = time.time()
-            visit(1, before=0.0, duration_seconds=1.2345678)
+            count(1, before=0.0, duration_seconds=1.2345678)
             until(known, [1])
-            visit(2, before=3600.0, duration_seconds=1.5)
-            visit(3, before=0.0)
+            count(2, before=3600.0, duration_seconds=1.5)
+            count(3, before=0.0)
             until(lambda: known(BUCKET), [3, 1])
-            visit(4, before=0.0, duration_seconds=2.0)
+            count(4, before=0.0, duration_seconds=2.0)
             until(known, [1, 4])
             ((series,), end) = prometheus.query_exemplars(slow), time.time()
             assert series["seriesLabels"] == {

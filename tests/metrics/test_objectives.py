@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask, abort
 from helpers.front_door import Site
+from helpers.process import until
 from helpers.servers import Gunicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
@@ -65,10 +67,11 @@ def test_only_5xx_is_bad_availability(make_site: Callable[..., Site]) -> None:
 def test_latency_is_what_the_histograms_bucket_says(make_site: Callable[..., Site]) -> None:
     site = make_site(SLO={"fast": (0.9, 0.025), "slow": (0.9, 0.075)})
     rng = random.Random(7)
+    seconds = cycle([0, 0.01, 0.03, 0.05, 0.08])  # on both sides of each bound
 
     @site.app.get("/")
     def view() -> tuple[str, int]:
-        time.sleep(rng.uniform(0, 0.05))
+        time.sleep(next(seconds))
         return "", rng.choice([200, 500])
 
     for _ in range(40):
@@ -97,26 +100,27 @@ app.config.update(TRACK_USAGE_STATE_DIR="state", TRACK_USAGE_SLO={"availability"
 TrackUsage(app, "sqlite:///usage.sqlite3")
 app.add_url_rule("/pid", "pid", lambda: str(os.getpid()))
 """
+
+    def counted() -> tuple[float, float, float]:
+        """Return the good events, the bad ones, and all requests."""
+        values = {
+            (sample.name, sample.labels.get("result")): sample.value
+            for family in text_string_to_metric_families(server.get("/metrics"))
+            for sample in family.samples
+        }
+        events = "flask_usage_slo_events_total"
+        requests = values["flask_usage_requests_total", None]
+        return values[events, "good"], values[events, "bad"], requests
+
     with Gunicorn(tmp_path, "-w", "2", app=app) as server:
-        asked = {server.get() for _ in range(40)}
-        while len(asked) < 2:
-            asked.add(server.get())
-        server.kill(int(asked.pop()))
-        for _ in range(10):
-            server.get()
-        deadline = time.monotonic() + 10
-        good, counted = -1.0, 0.0
-        while good != counted and time.monotonic() < deadline:
-            values = {
-                (sample.name, sample.labels.get("result")): sample.value
-                for family in text_string_to_metric_families(server.get("/metrics"))
-                for sample in family.samples
-            }
-            good = values["flask_usage_slo_events_total", "good"]
-            counted = values["flask_usage_requests_total", None]
-            assert counted >= 50
-        assert good == counted
-        assert values["flask_usage_slo_events_total", "bad"] == 0
+        answers = [server.get() for _ in range(40)]
+        while len(set(answers)) < 2:  # which of the workers does is up to the system
+            answers.append(server.get())
+        *_, victim = (pid for pid in answers if pid != answers[-1])
+        server.kill(int(victim))
+        answers += [server.get() for _ in range(10)]
+        # Those of the dead worker are recovered by the other.
+        until(counted, (len(answers), 0, len(answers)), 60)
 
 
 @pytest.mark.parametrize(

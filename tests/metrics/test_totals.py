@@ -29,8 +29,8 @@ def test_a_full_table_folds_country_first_then_endpoint(make_site: Callable[...,
     site = make_site(country=lambda _address: next(turn), MAX_SERIES=10)
     for number in range(4):
         site.app.add_url_rule(f"/{number}", f"view{number}", lambda: "x")
-    for visit in range(26):
-        site.get(f"/{visit % 4}", environ_base={"REMOTE_ADDR": f"203.0.113.{visit}"})
+    for request in range(26):
+        site.get(f"/{request % 4}", environ_base={"REMOTE_ADDR": f"203.0.113.{request}"})
         site.scrape()
     counted = site.counted()
     assert sum(counted.values()) == 26
@@ -131,18 +131,18 @@ def test_exceptions_are_bounded(make_site: Callable[..., Site]) -> None:
     assert sum(found.values()) == 20
 
 
-def counts(totals: Totals, place: int = 0) -> dict[tuple[str, ...], float]:
+def counts(totals: Totals, index: int = 0) -> dict[tuple[str, ...], float]:
     """Return the samples of a family, by default of the requests."""
-    return {labels.values: value for labels, value in totals.families()[place].samples}
+    return {labels.values: value for labels, value in totals.families()[index].samples}
 
 
-class TestSiblings:
+class TestWorkers:
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
         (tmp_path / "g").mkdir(mode=0o700)
         return tmp_path / "g" / "totals.sqlite3"
 
-    def test_what_was_counted_and_shown_alone_is_told_to_siblings_that_come(
+    def test_what_was_counted_and_shown_alone_is_told_to_workers_that_come(
         self, path: Path
     ) -> None:
         one, other = Totals(Shape(), "1"), Totals(Shape(), "1")
@@ -163,7 +163,7 @@ class TestSiblings:
             assert [*exemplars] == [("GET", "user", "200", "DE")]
             totals.close()
 
-    def test_what_a_full_table_folded_is_counted_on_its_own_once_a_sibling_knows_it(
+    def test_what_a_full_table_folded_is_counted_on_its_own_once_another_worker_knows_it(
         self, path: Path
     ) -> None:
         full, other = Totals(Shape(max_series=1), "1"), Totals(Shape(max_series=1), "1")

@@ -99,9 +99,11 @@ def test_a_damaged_file_is_replaced(path: Path, stays_open: bool) -> None:
     database.close()
 
 
-def test_a_locked_file_is_kept(path: Path) -> None:
+def test_a_locked_file_is_waited_for_a_second_and_kept(path: Path) -> None:
     database = SharedDatabase(path, SCHEMA, stays_open=True)
     add(database, "a")
+    with database.transaction() as connection:
+        assert connection.execute("PRAGMA busy_timeout").fetchone() == (1000,)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(sqlite3.OperationalError, match="locked"):

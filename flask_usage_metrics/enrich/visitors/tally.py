@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
 from os.path import lexists
 from pathlib import Path
+from time import monotonic, time
 
 from flask_usage_metrics.enrich.visitors.files import DAY_SECONDS, VisitorFiles
 from flask_usage_metrics.runtime.faults import Faults
@@ -54,7 +54,7 @@ class VisitorTally:
         app: str,
         faults: Faults,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time,
     ) -> None:
         self._files = VisitorFiles(state, app)
         self._faults = faults
@@ -151,7 +151,7 @@ class VisitorTally:
 
     def _sync(self) -> None:
         """Add what is pending, and learn the number; if that fails, a later call tries again."""
-        if time.monotonic() < self._retry_at:
+        if monotonic() < self._retry_at:
             return
         path = None
         try:
@@ -170,7 +170,7 @@ class VisitorTally:
             self._faults.report("visitors", error, "visitors are added later")
             # Not after a damaged file, which was deleted: the next sync makes a new one.
             if path is None or lexists(path):
-                self._retry_at = time.monotonic() + _PAUSE_SECONDS
+                self._retry_at = monotonic() + _PAUSE_SECONDS
 
     def _sync_memory(self, error: Exception) -> None:
         if self._memory is None:
