@@ -16,8 +16,8 @@ LabelValues = tuple[str, ...]
 """Label values of a series, in the order of the family's labels."""
 
 Numbers = list[int | float]
-"""What is counted of one series; of a histogram's: for each bucket the count of what is in it
-alone, then the sum in seconds."""
+"""The numbers of one series; of a histogram: the count in each bucket alone, then the sum in
+seconds."""
 
 BLOCK = 32
 """So many series of a family are encoded together, and again when one of them changed.
@@ -25,11 +25,11 @@ BLOCK = 32
 See "Figures behind the code" in tests/benchmarks/README.md.
 """
 
-BlockCache = dict[tuple[str, bool], Any]
-"""What encoders have made of a block of series: by name of the family, and whether in OpenMetrics.
+BlockCache = dict[tuple[str, str], Any]
+"""Encoded blocks of series, by name of the family and format; values are the encoder's own.
 
-A block may be shared by several families. When one of its series changes, the block gets another,
-empty dictionary: encoders that are given the old one may still fill it.
+Families that share a table share its caches. When a series changes, its block gets another, empty
+dictionary: scrapes that are under way may still fill the old one.
 """
 
 
@@ -56,7 +56,7 @@ class Family(msgspec.Struct, frozen=True):
         description: Its metadata.
         labels: Names of the labels, renamed.
         series: Labels of each series.
-        numbers: What is counted of each series.
+        numbers: The numbers of each series.
         caches: For each `BLOCK` of series its cache; empty: nothing is to be cached.
         exemplars: By the label values of those series of a histogram that have any.
         value: Takes the value of a counter or gauge from the numbers of a series.

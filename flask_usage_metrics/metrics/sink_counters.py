@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class SinkCounters:
-    """What became of the records handed to one sink; each record is in one count at most.
+    """Counters of the records handed to one sink, by result; a record is in one of them at most.
 
     Attributes:
         sink: Value of the label ``sink``.

@@ -25,8 +25,8 @@ from werkzeug.test import Client
 from flask_usage_metrics import ConfigError, TrackUsage
 from flask_usage_metrics.metrics.exposition.collector import UsageCollector
 from flask_usage_metrics.metrics.exposition.gzip_stream import CompressedText, GzipStream
+from flask_usage_metrics.metrics.exposition.negotiation import prefers_openmetrics
 from flask_usage_metrics.metrics.exposition.text import blocks_of, compress, encode
-from flask_usage_metrics.metrics.exposition.view import prefers_openmetrics
 from flask_usage_metrics.metrics.families import BLOCK
 from flask_usage_metrics.metrics.names import DESCRIPTIONS, REQUEST_LABELS
 from flask_usage_metrics.metrics.shape import Shape

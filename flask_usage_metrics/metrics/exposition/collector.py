@@ -1,4 +1,4 @@
-"""Our families in a client_python registry, one set a registry, for every exporter of it."""
+"""Our families in a client_python registry, for every exporter of it; one collector a registry."""
 
 from __future__ import annotations
 
@@ -58,17 +58,23 @@ class UsageCollector(Collector):
             self._muted.on = False
 
 
-_lock = threading.Lock()
 _collectors: WeakKeyDictionary[CollectorRegistry, UsageCollector] = WeakKeyDictionary()
-# A registry has no place of its own for this, and its apps must find the same totals: two sets of
-# the same families on one registry are refused by client_python, as they would be by Prometheus.
+"""The collector of each registry, which all its apps share: a registry refuses a second one with
+the same families, and has no place of its own to find the first."""
+
+_lock = threading.Lock()
 
 
 def collector_of(registry: CollectorRegistry, shape: Shape, version: str) -> UsageCollector:
-    """Return the collector of a registry, registered when first asked for.
+    """Return the collector of a registry, made and registered when first asked for.
+
+    Args:
+        registry: The registry.
+        shape: Labels, buckets, bound and objectives, as the app has them.
+        version: Version of the package.
 
     Raises:
-        ConfigError: Another app on the registry has other labels, buckets or bounds.
+        ConfigError: Another app on the registry has another shape.
         ValueError: The registry holds a metric of the same name that is not ours.
     """
     with _lock:

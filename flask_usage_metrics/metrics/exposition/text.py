@@ -32,7 +32,7 @@ class Block:
         self,
         text: Callable[[], bytes],
         cache: BlockCache | None = None,
-        key: tuple[str, bool] = ("", False),
+        key: tuple[str, str] = ("", ""),
     ) -> None:
         self.text = text
         self.cache = cache
@@ -72,6 +72,7 @@ def blocks_of(
             Prometheus' text format (0.0.4).
         names: Only the samples of these names; empty: all.
     """
+    written = "OpenMetrics in gzip" if openmetrics else "text in gzip"
     for family in families:
         description = family.description
         name = description.name
@@ -93,7 +94,7 @@ def blocks_of(
             # The last block is short: a small site has nothing but short ones, and caches nothing.
             if family.caches and len(labels) == BLOCK and not names:
                 cache = family.caches[start // BLOCK]
-                yield Block(text, cache, (description.name, openmetrics))
+                yield Block(text, cache, (description.name, written))
             else:
                 yield Block(text)
             head = b""

@@ -1,4 +1,4 @@
-"""GET /metrics: the registry in the format the scraper asks for; ours by our own encoder."""
+"""GET /metrics: our families by our own encoder, the rest of the registry by client_python's."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest as generate_text
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
-from werkzeug.http import parse_accept_header, parse_options_header
 
 from flask_usage_metrics.metrics.exposition.app_metrics import merged_registry
 from flask_usage_metrics.metrics.exposition.app_metrics_files import multiprocess_files
 from flask_usage_metrics.metrics.exposition.collector import UsageCollector
+from flask_usage_metrics.metrics.exposition.negotiation import (
+    OPENMETRICS,
+    TEXT,
+    prefers_openmetrics,
+)
 from flask_usage_metrics.metrics.exposition.text import Block, blocks_of, compress, encode
 from flask_usage_metrics.runtime.faults import Faults
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-
-TEXT = "text/plain; version=0.0.4; charset=utf-8"
-OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 _EOF = b"# EOF\n"
 
@@ -118,19 +119,3 @@ class Exposition:
             given.strip().encode("utf-8", "replace"), self._token.encode("utf-8", "replace")
         )
         return scheme.lower() == "bearer" and same
-
-
-def prefers_openmetrics(accept: str) -> bool:
-    """Tell whether an Accept header wants OpenMetrics rather than Prometheus' text format.
-
-    Only versions that we write count, so anything malformed is answered with text.
-    """
-    best = {True: 0.0, False: 0.0}
-    for value, quality in parse_accept_header(accept[:2048]):
-        kind, options = parse_options_header(value)
-        openmetrics = kind == "application/openmetrics-text"
-        if openmetrics and options.get("version", "1.0.0") not in ("1.0.0", "0.0.1"):
-            continue
-        if openmetrics or kind in ("text/plain", "text/*", "*/*"):
-            best[openmetrics] = max(best[openmetrics], quality)
-    return best[True] > 0 and best[True] >= best[False]
