@@ -7,7 +7,7 @@ from typing import Any
 
 from flask import Flask, Request, g
 
-from flask_usage_metrics.enrich.privacy.redaction import REDACTED, Redactor
+from flask_usage_metrics.enrich.privacy.secrets import REDACTED, SecretFinder
 from flask_usage_metrics.runtime.faults import Faults
 
 MAX_NAME = 256
@@ -38,7 +38,7 @@ class Users:
         self._username = username
         self._consumer = consumer
         self._faults = faults
-        self._redactor = Redactor()
+        self._secrets = SecretFinder()
 
     @property
     def are_known(self) -> bool:
@@ -75,7 +75,7 @@ class Users:
         if parsed is None or parsed.type != "basic" or not parsed.username:
             return parsed is not None, None
         name = parsed.username[:MAX_NAME]
-        return True, REDACTED if self._redactor.is_secret_text(name) else name
+        return True, REDACTED if self._secrets.is_secret_text(name) else name
 
     def _ask(self, name_of: str, ask: Ask | None) -> str | None:
         if ask is None:

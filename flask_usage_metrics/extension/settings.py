@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from flask_usage_metrics.enrich.privacy.policy import PRESETS, Preset
-from flask_usage_metrics.enrich.privacy.redaction import Redactor
+from flask_usage_metrics.enrich.privacy.secrets import SecretFinder
 from flask_usage_metrics.enrich.trusted_proxies import TrustedProxies
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.metrics.names import LABELS, REQUEST_LABELS
@@ -214,7 +214,7 @@ def _texts(given: Any) -> tuple[str, ...]:
 
 def _name_parts(given: Any) -> tuple[str, ...]:
     parts = _texts(given)
-    Redactor(parts)  # it refuses what would be part of every name
+    SecretFinder(parts)  # it refuses what would be part of every name
     return parts
 
 

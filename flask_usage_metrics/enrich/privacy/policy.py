@@ -9,7 +9,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from flask_usage_metrics.enrich.privacy.pseudonyms import Pseudonyms
-from flask_usage_metrics.enrich.privacy.redaction import REDACTED, Redactor
+from flask_usage_metrics.enrich.privacy.redaction import Redactor
+from flask_usage_metrics.enrich.privacy.secrets import REDACTED, SecretFinder
 
 Preset = Literal["full", "balanced", "strict"]
 
@@ -59,7 +60,8 @@ class Policy:
         self.is_nameless = preset == "strict"
         self.keeps_visitors = not self.is_nameless
         self._is_full = preset == "full"
-        self._redactor = Redactor(redact, emails=not self._is_full)
+        self._secrets = SecretFinder(redact, emails=not self._is_full)
+        self._redactor = Redactor(self._secrets)
         self._pseudonyms = pseudonyms
 
     def target(
@@ -111,7 +113,7 @@ class Policy:
     def consumer(self, name: str) -> str:
         """Return what is kept of an API client's name."""
         # The app may have named the key, in place of its owner.
-        return REDACTED if self._redactor.is_secret_text(name) else name
+        return REDACTED if self._secrets.is_secret_text(name) else name
 
     def variables(self, values: Values) -> Values:
         """Return what is kept of ``g.track_var``."""
