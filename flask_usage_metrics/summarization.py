@@ -1,6 +1,6 @@
-"""flask-track-usage's sums by hour, day and month, made of the records when they are asked for.
+"""flask-track-usage's sums by hour, day and month, computed from the records at every call.
 
-So there is nothing to keep up to date, and nothing that parallel workers could overwrite.
+No sum is stored: none can be out of date, or overwritten by a parallel worker.
 """
 
 # ruff: noqa: N816 - the names are flask-track-usage's
@@ -24,8 +24,8 @@ class Summation(msgspec.Struct, frozen=True):
 
     Attributes:
         name: Its name there; ``name + "s"``, as in that documentation, means the same.
-        field: What of the record is grouped by and can be filtered by, one of `EQUALITY_FILTERS`.
-        key: What a row names the value; None: as the field.
+        field: Field of the record to group by, one of `EQUALITY_FILTERS`.
+        key: Key of the value in a row; None: the same as the field.
     """
 
     name: str
@@ -44,7 +44,7 @@ sumGeo = sumGeos = Summation("sumGeo", "country")
 
 SUMMATIONS = (sumUrl, sumRemote, sumUserAgent, sumLanguage, sumServer, sumVisitor, sumGeo)
 KNOWN = ", ".join(summation.name for summation in SUMMATIONS)
-"""Their names, for messages."""
+"""Names of the sums, for messages."""
 
 _BY_NAME = {
     **{summation.name: summation for summation in SUMMATIONS},
@@ -54,10 +54,10 @@ _BY_NAME = {
 
 
 def find_summation(hook: object) -> Summation:
-    """Return the sum that was meant.
+    """Return the sum that a hook names.
 
     Args:
-        hook: One of `SUMMATIONS`, its name or its name in the plural.
+        hook: One of `SUMMATIONS`, its name, or its name in the plural.
 
     Raises:
         NotImplementedError: It is none of these.
@@ -77,16 +77,20 @@ def sum_up(
     page: int,
     target: str | None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Do the work of `Storage.get_sum`, which see.
+    """Return what `Storage.get_sum` does.
 
     Args:
         summarize: `Storage.summarize`.
-        summation: What to sum up.
-        start_date: As there.
-        end_date: As there.
-        limit: As there.
-        page: As there.
-        target: As there.
+        summation: Which sum.
+        start_date: As in `Storage.get_sum`.
+        end_date: Likewise.
+        limit: Likewise.
+        page: Likewise.
+        target: Likewise.
+
+    Raises:
+        StorageUnavailable: The storage cannot be read now.
+        ValueError: The limit is negative.
     """
     if limit < 0:
         raise ValueError(f"limit must not be negative, but it is {limit}")
@@ -106,7 +110,7 @@ def sum_up(
             for summary in summarize((field,), since, until, every=every, **filters)
             if summary.start is not None and summary.group[field] is not None
         ]
-        # What begins at once keeps its order: the busiest first, then by the value.
+        # Rows of one period keep their order: the busiest first, then by the value.
         rows.sort(key=lambda row: row["date"], reverse=True)
         sums[every] = rows[first : first + limit]
     return sums
@@ -115,7 +119,11 @@ def sum_up(
 def _range(
     start: datetime | None, end: datetime | None, every: Every
 ) -> tuple[datetime | None, datetime | None]:
-    """Return the range, its end not included, of the hours, days or months that are meant."""
+    """Return the range of whole hours, days or months for two dates of `Storage.get_sum`.
+
+    Returns:
+        Start, included, and end, not included, both aware UTC; None: without that bound.
+    """
     until = None if end is None else next_start(truncate(end, every), every)
     if start is None:
         return None, until
@@ -125,5 +133,5 @@ def _range(
         return since, following
     if since == start:
         return since, until
-    # The one that contains the start began before it. After the last there is, none begins.
+    # The period that contains the start began before it. After the last one there is none.
     return (start, start) if following is None else (following, until)

@@ -277,10 +277,10 @@ class _Maker:
 
     def _add_mmdb(self, path: str) -> None:
         try:
-            from flask_usage_metrics.enrich.country.mmdb import Database
+            from flask_usage_metrics.enrich.country.mmdb import CountryFile
         except ImportError as error:
             raise _not_installed("maxminddb") from error
-        self.sources.append(Database(Path(path), self.limits, self._faults))
+        self.sources.append(CountryFile(Path(path), self.limits, self._faults))
 
     def _add_header(self, given: str, name: str) -> None:
         key = wsgi_name(name)

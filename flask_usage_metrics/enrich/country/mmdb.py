@@ -26,7 +26,7 @@ _MAX_CACHED_ADDRESS = 64
 _Signature = tuple[int, int, int]
 
 
-class Database:
+class CountryFile:
     """Looks addresses up in a private copy of a file, made again when the file changed.
 
     A file that is overwritten or cut in place under a memory map kills the process by SIGBUS; a

@@ -171,9 +171,9 @@ def to_columns(batch: Sequence[UsageRecord]) -> Columns:
         ValueError: A value cannot be kept.
         TypeError: Likewise.
     """
-    pacer = GilYielder()
+    yielder = GilYielder()
     flat: list[Any] = []
-    for step in pacer.steps(batch, _STEP):
+    for step in yielder.steps(batch, _STEP):
         for record in step:
             flat.extend(astuple(record))
     fields: dict[str, Sequence[Any]] = {
@@ -187,7 +187,7 @@ def to_columns(batch: Sequence[UsageRecord]) -> Columns:
     fields["url"] = [
         # As `UsageRecord.url`, which costs more.
         f"{scheme}://{host}{root}{path}?{query}" if query else f"{scheme}://{host}{root}{path}"
-        for step in pacer.steps(list(parts), _STEP)
+        for step in yielder.steps(list(parts), _STEP)
         for scheme, host, root, path, query in step
     ]
     fields["started_at"] = _to_texts(fields["started_at"])
@@ -196,7 +196,7 @@ def to_columns(batch: Sequence[UsageRecord]) -> Columns:
     for field in ("view_args", "ip_info"):
         fields[field] = [
             None if value is None else to_json(value).decode()
-            for step in pacer.steps(fields[field], _STEP)
+            for step in yielder.steps(fields[field], _STEP)
             for value in step
         ]
     fields["track_var"] = [
