@@ -150,7 +150,7 @@ class Checkpoints:
         return [sink.received() for sink in self._sinks]
 
     def release(self) -> None:
-        """Leave what is not durable to whoever recovers it next; also right in a forked child."""
+        """Close recovered journals for others to recover; also right in a forked child."""
         for reader in self._recovered:
             if reader.file is not None:
                 reader.file.close(remove=False)

@@ -95,7 +95,7 @@ class Processor:
         self._start_anew()
 
     def open(self, *, multiprocess: bool) -> None:
-        """Join the worker group, and have a journal file and spools from now on.
+        """Join the worker group, and open the journal file and the spools.
 
         Args:
             multiprocess: Whether the server has other processes for the same app (PEP 3333).
@@ -107,9 +107,9 @@ class Processor:
             sink.attach(self._worker_group.spool(sink.name))
 
     def close(self) -> None:
-        """Leave what is not durable to the next process, and give up threads and files.
+        """Release what is not durable, for the next process to recover; end threads, close files.
 
-        To be opened again before the next observation is appended to the journal.
+        It is opened again before the next observation is appended to the journal.
         """
         with self._lock:
             self._checkpoint()
@@ -220,8 +220,8 @@ class Processor:
                     trace = observation.extras.trace
                     if trace is not None and trace.is_sampled:
                         sampled.add(record_id)
+        located = self._processing = _without(entries, unlocated)
         self._unlocated += unlocated
-        located = _without(entries, unlocated)
         sequences = [entry.sequence for entry in located]
         if not is_counted:
             self._count(reader, sequences, records, sampled)

@@ -19,6 +19,7 @@ from helpers.front_door import Site
 from helpers.process import Done, run_python
 
 from flask_usage_metrics import StorageUnavailable, UsageRecord
+from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.extension import wiring
 from flask_usage_metrics.pipeline import processing, yielding
 from flask_usage_metrics.pipeline.delivery.sink import Sink
@@ -249,6 +250,26 @@ def test_a_sink_counts_only_failures_of_what_it_accepts(
     # Of a request that not even an observation was made of nobody knows whether it is accepted.
     assert site.account("some") == counts(3, failed=2)
     assert (len(every.records), len(some.records)) == (6, 3)
+
+
+def test_a_request_whose_country_is_asked_for_is_pending_once(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(FLUSH_SECONDS=60)
+    visit(site, 5)
+    pending = site.app.extensions["track_usage"].pending
+    seen: list[int] = []
+
+    def ask(*_: object) -> None:
+        seen.append(pending()["metrics"])
+
+    with monkeypatch.context() as asking:
+        asking.setattr(Enricher, "enrich", ask)
+        site.scrape()
+    assert len(seen) >= 5
+    assert set(seen) == {5}
+    assert site.usage.flush()
+    assert site.account("metrics") == counts(5)
 
 
 def test_a_list_writes_to_all(make_site: Callable[..., Site], tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class SinkQueue:
         self._memory: deque[tuple[int, UsageRecord]] = deque()
 
     def attach(self, spool: Spool | None) -> None:
-        """Take the place where records may wait on disk; before any does."""
+        """Set where records may wait on disk; before any does."""
         self._spool = spool
 
     def reset_after_fork(self) -> None:
@@ -107,13 +107,13 @@ class SinkQueue:
             for _ in range(refused):
                 self._memory.pop()
             self.queued -= refused
-            self._dropped(refused)
+            self._count_dropped(refused)
 
     def spill(self, *, again: bool = False) -> None:
-        """Move all that waits in memory to the disk; if that fails it stays.
+        """Move all records in memory to the disk; if that fails they stay.
 
         Args:
-            again: Also if it failed a moment ago.
+            again: Try it even if it failed less than 5 s ago.
         """
         if self._spool is None or not self._memory:
             return
@@ -131,7 +131,7 @@ class SinkQueue:
         self._gone += gone
         if dropped > gone:
             self._acked += dropped - gone
-            self._dropped(dropped - gone)
+            self._count_dropped(dropped - gone)
 
     def release(self) -> None:
         """Leave what is on disk to whoever recovers it first, also this process; none in flight."""
@@ -204,10 +204,10 @@ class SinkQueue:
         """Have the records in flight wait again, but those the spool has dropped meanwhile."""
         if self._gone:
             self._acked += self._gone
-            self._dropped(self._gone)
+            self._count_dropped(self._gone)
         self.in_flight = self._gone = 0
 
-    def _dropped(self, number: int) -> None:
+    def _count_dropped(self, number: int) -> None:
         self._counters.add(dropped=number)
         self._faults.report(f"sink {self._counters.sink}", "no room", "records were dropped")
 

@@ -131,7 +131,7 @@ class Sink:
     # ------------------------------------------------------------------------ for the worker
 
     def attach(self, spool: Spool | None) -> None:
-        """Take the place where records may wait on disk, at the first request of the process."""
+        """Set where records may wait on disk; at the first request of the process."""
         with self._changed:
             self._queue.attach(spool)
 
