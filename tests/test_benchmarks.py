@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from math import isfinite
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.instructions import QUICK
 from benchmarks.report import Figure, table
 from benchmarks.scrape import NATIVE, SAME
 from benchmarks.served import CONTENDERS
+from helpers.process import Done, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,21 +42,15 @@ _MISSING = re.compile(
 )
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,  # seconds are enough, but for a busy machine
-        check=False,
-    )
+def run_benchmarks(*arguments: str) -> Done:
+    # Seconds are enough, but for a busy machine.
+    return run(sys.executable, "-m", "tests.benchmarks", *arguments, folder=ROOT, seconds=900)
 
 
 @pytest.mark.servers
 @pytest.mark.parametrize("part", EVERYBODY)
 def test_each_part_measures_everybody(part: str) -> None:
-    done = run(part, "--quick")
+    done = run_benchmarks(part, "--quick")
     if done.returncode and (missing := _MISSING.search(done.stderr)):
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing[0])
     assert done.returncode == 0, done.stderr
@@ -72,7 +66,7 @@ def test_each_part_measures_everybody(part: str) -> None:
 
 
 def test_there_are_no_other_parts() -> None:
-    done = run("nothing")
+    done = run_benchmarks("nothing")
     assert done.returncode == 2
     named = re.search(r"there is no part nothing; there are (.*)", done.stderr)
     assert named is not None, done.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
-from helpers.process import until
+from helpers.process import Done, Process, run, until
 from helpers.servers import Gunicorn
 
 from flask_usage_metrics import UsageRecord
@@ -32,13 +32,13 @@ ROW = re.compile(r"([\w.]+) +(\d{3}) +([A-Z]{2}) +([\d,]+) +([\d,]+)")
 TOTAL = re.compile(r"^total +([\d,]+) +([\d,]+)$", re.MULTILINE)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+def run_demo(*arguments: str) -> Done:
+    return run(*COMMAND, *arguments)
 
 
 def test_exactly_so_many_requests_and_storage_and_metrics_agree(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/kept.sqlite3"
-    done = run("--requests", "300", "--seed", "1", "--storage", url)
+    done = run_demo("--requests", "300", "--seed", "1", "--storage", url)
     assert (done.returncode, done.stderr) == (0, "")
     last = "Storage and /metrics agree: 300 requests sent, stored and counted."
     assert done.stdout.splitlines()[-1] == last
@@ -60,14 +60,14 @@ def test_exactly_so_many_requests_and_storage_and_metrics_agree(tmp_path: Path) 
     assert {"HEAD", "GET", "POST"} == {record.method for record in records}
 
     # A storage that is kept: older records are not this run's.
-    again = run("--requests", "40", "--storage", url)
+    again = run_demo("--requests", "40", "--storage", url)
     assert TOTAL.findall(again.stdout) == [("40", "40")]
     assert again.returncode == 0
     assert open_storage(url).count() == 340
 
 
 def test_the_same_seed_sends_the_same_requests() -> None:
-    first, second, other = (run("--requests", "60", "--seed", seed) for seed in "778")
+    first, second, other = (run_demo("--requests", "60", "--seed", seed) for seed in "778")
     tables = [ROW.findall(done.stdout) for done in (first, second, other)]
     assert tables[0] == tables[1] != tables[2]
 
@@ -84,9 +84,8 @@ def _ctrl_c_works() -> Iterator[None]:
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
 def test_without_requests_it_runs_until_ctrl_c(terminal: bool) -> None:
     reading, writing = os.openpty() if terminal else os.pipe()
-    process = subprocess.Popen([*COMMAND, "--seed", "1"], stdout=writing, stderr=subprocess.STDOUT)
-    os.close(writing)
-    try:
+    with Process(*COMMAND, "--seed", "1", stdout=writing, stderr=subprocess.STDOUT) as process:
+        os.close(writing)
         shown = read_until(reading, "rows, ")
         found = re.search(r"metrics: (http://\S+/metrics)", shown)
         assert found is not None
@@ -98,11 +97,8 @@ def test_without_requests_it_runs_until_ctrl_c(terminal: bool) -> None:
         assert Path(file[1]).exists()
         process.send_signal(signal.SIGINT)
         shown += read_until(reading, "sent, stored and counted.")
-        assert process.wait(timeout=20) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(reading)
+        assert process.wait(20) == 0
+    os.close(reading)
     assert "Traceback" not in shown
     assert "endpoint" in shown
     ((stored, counted),) = TOTAL.findall(shown.replace("\r\n", "\n"))
@@ -127,7 +123,7 @@ def read_until(descriptor: int, text: str) -> str:
 def test_a_port_in_use_is_one_clear_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run("--requests", "5", "--port", str(port))
+        done = run_demo("--requests", "5", "--port", str(port))
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr
@@ -240,12 +236,7 @@ def test_without_iptocc_it_says_that_countries_stay_unknown(
 def test_visitors_can_be_sent_to_a_shop_that_gunicorn_serves(tmp_path: Path) -> None:
     app = "from flask_usage_metrics.demo import create_app\n\napp = create_app()\n"
     with Gunicorn(tmp_path, "-w", "2", app=app, FLASK_TRACK_USAGE_STATE_DIR="state") as server:
-        done = subprocess.run(
-            [*COMMAND, "--visit", str(server.port), "--requests", "60"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = run_demo("--visit", str(server.port), "--requests", "60")
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.endswith("\n61 requests sent.\n")
         until(lambda: read_counted(server.port).total(), 61)

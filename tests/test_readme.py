@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+from helpers.process import run, run_python
 
 from flask_usage_metrics import UsageRecord, cli, open_storage
 from flask_usage_metrics.extension.settings import KEYS
@@ -79,25 +79,18 @@ def test_the_test_command_is_where_ci_looks_for_it() -> None:
 # ------------------------------------------------------------------------ code
 
 
-def run_python(readme: Path, folder: Path) -> str:
+def run_blocks(readme: Path, folder: Path) -> str:
     """Run a README's Python blocks as one program; return its stdout."""
-    (folder / "readme.py").write_text("\n".join(blocks(readme, "python")))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "readme.py"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_python("\n".join(blocks(readme, "python")), folder=folder)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
 def test_the_front_pages_python_runs_and_its_backup_command_too(tmp_path: Path) -> None:
     assert len(blocks(FRONT_PAGE, "python")) >= 5
-    assert "GET hello 200" in run_python(FRONT_PAGE, tmp_path)
+    assert "GET hello 200" in run_blocks(FRONT_PAGE, tmp_path)
     (command,) = re.findall(r"^python (-c .*VACUUM INTO.*)$", FRONT_PAGE.read_text(), re.MULTILINE)
-    subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, check=True)
+    assert run(sys.executable, *shlex.split(command), folder=tmp_path).returncode == 0
     backup = open_storage(f"sqlite:///{tmp_path / 'backup.sqlite3'}")
     assert isinstance(backup, Storage)
     assert [record.endpoint for record in backup.records()] == ["hello"]
@@ -108,7 +101,7 @@ def test_the_front_pages_python_runs_and_its_backup_command_too(tmp_path: Path) 
     "readme", [room for room in ROOMS if "```python" in room.read_text()], ids=name_of
 )
 def test_a_rooms_python_runs(readme: Path, tmp_path: Path) -> None:
-    run_python(readme, tmp_path)
+    run_blocks(readme, tmp_path)
 
 
 @every_readme

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import stat
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 from click.testing import Result
 from flask import Flask
 from helpers.dashboards import DASHBOARDS, chosen, panels, substituted, targets
+from helpers.process import need, run
 from prometheus_client import CollectorRegistry
 
 from flask_usage_metrics import TrackUsage
@@ -43,11 +42,8 @@ def write(folder: Path, *arguments: str, **config: Any) -> Result:
 def check(command: str, *paths: Path) -> str:
     """Have promtool check files; returns what it says."""
     binary = shutil.which("promtool")
-    if binary is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("promtool is not installed")
-    done = subprocess.run(
-        [binary, "check", command, *map(str, paths)], capture_output=True, text=True, timeout=30
-    )
+    need(binary, "promtool")
+    done = run(binary, "check", command, *paths)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

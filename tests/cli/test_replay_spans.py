@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from click.testing import Result
 from flask import Flask, abort
 from helpers.collector import Received, Receiver
 from helpers.front_door import Site
+from helpers.process import Done, Process, run_python
 from helpers.records import START, make_record, make_records
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -852,19 +852,17 @@ def shop(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", "-m", "flask", *arguments]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    return subprocess.Popen(command, cwd=folder, **options)
+def start(folder: Path, *arguments: str, **options: Any) -> Process:
+    command = (sys.executable, "-W", "error", "-m", "flask", *arguments)
+    return Process(*command, folder=folder, **options)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: Process) -> Done:
     with process:
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
+        return process.finish()
 
 
-def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
+def run(folder: Path, *arguments: str) -> Done:
     return finish(start(folder, *arguments))
 
 
@@ -913,8 +911,7 @@ def test_other_commands_do_not_wait_for_what_this_one_needs(tmp_path: Path) -> N
         "import sys, flask_usage_metrics.cli\n"
         "print([name for name in sys.modules if name in ('opentelemetry', 'sqlalchemy')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert run_python(code) == (0, "[]\n", "")
 
 
 @pytest.fixture

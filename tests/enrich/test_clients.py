@@ -2,11 +2,10 @@
 
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.process import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -428,10 +427,7 @@ def test_importing_reads_no_rules():
         "import sys, flask_usage_metrics.enrich.clients.kinds as c;"
         "print('ua_parser' in sys.modules, c._bot_patterns.cache_info().currsize)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.split() == ["False", "0"]
+    assert run_python(code) == (0, "False 0\n", "")
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from helpers.process import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 from mmdb_writer import MMDBWriter
@@ -398,20 +398,9 @@ print({countries.locate(f"8.8.{a}.{b}", (), False).country for a in range(256) f
 """
 
 
-def run(program, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-
-
 def test_a_database_cut_or_overwritten_in_place_does_not_kill_the_process(tmp_path):
     path = write_mmdb(tmp_path / "country.mmdb", iso("US"), network="8.0.0.0/8", padding=50_000)
-    done = run(OVERWRITE, str(path))
+    done = run_python(OVERWRITE, str(path))
     assert (done.returncode, done.stdout.split()) == (0, ["{'US'}", "{'US'}"]), done.stderr
 
 

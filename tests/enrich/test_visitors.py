@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -17,6 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from helpers.process import Process, run_python, start_python
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,30 +100,18 @@ def mode(path: Path) -> int:
 
 def python(script: str, *arguments: object) -> str:
     """Run a script in a process of its own; return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = run_python(script, *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout
 
 
 @contextmanager
-def other_process(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+def other_process(script: str, *arguments: object) -> Iterator[Process]:
     """Run a script that prints a line when it is ready, and is killed in the end."""
-    with subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        try:
-            yield process
-        finally:
-            process.kill()
+    with start_python(script, *arguments) as process:
+        assert process.line() == "ready"
+        yield process
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -16,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 from flask import Flask
 from helpers.front_door import Site
+from helpers.process import run_python
 from prometheus_client import CollectorRegistry
 
 import flask_usage_metrics
@@ -40,10 +39,7 @@ def test_two_lines_are_enough(tmp_path: Path) -> None:
         print([record.endpoint for record in usage.storage.records()])
     """
     program = textwrap.dedent(program).replace("INSTANCE", repr(str(tmp_path / "instance")))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=60
-    )
-    assert (done.stdout, done.stderr) == ("['hello']\n", "")
+    assert run_python(program) == (0, "['hello']\n", "")
     assert (tmp_path / "instance" / "usage.sqlite3").exists()
 
 
@@ -81,13 +77,7 @@ def test_the_example_of_flask_track_usage_runs_with_the_import_changed(tmp_path:
         app.test_client().get("/")
         app.test_client().get("/nowhere")
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-    )
+    done = run_python(program, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("'track_var': {'optional': 'something'}") == 1
     assert done.stderr.count("OUTPUT: {") == 1
@@ -224,7 +214,7 @@ def test_nothing_is_opened_or_started_before_the_first_request(tmp_path: Path) -
         assert threading.active_count() == 1
         assert not os.path.exists(app.instance_path)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
+    assert run_python(program) == (0, "", "")
 
 
 def test_the_public_names_are_these() -> None:
@@ -324,10 +314,7 @@ def test_importing_it_loads_nothing_that_is_used_later_or_never() -> None:
         late = {"sqlalchemy", "requests", "iptocc", "maxminddb", "ua_parser", "opentelemetry"}
         print(sorted(late & sys.modules.keys()))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
-    )
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert run_python(program) == (0, "[]\n", "")
 
 
 @pytest.mark.skipif(find_spec("ua_parser_rs") is None, reason="the extra [ua] is not installed")
@@ -353,7 +340,4 @@ def test_ua_parser_is_loaded_behind_the_visitor_s_back(tmp_path: Path) -> None:
             time.sleep(0.01)
         print(Watch.loaders)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
-    )
-    assert (done.stdout, done.stderr) == ("['flask_usage_metrics pipeline']\n", "")
+    assert run_python(program) == (0, "['flask_usage_metrics pipeline']\n", "")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +15,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
 
-import pytest
 import requests
 from helpers.dashboards import substituted
-from helpers.process import until
+from helpers.process import need, run, until
 from helpers.prometheus import Prometheus
 from helpers.servers import Gunicorn
 
@@ -108,8 +105,7 @@ def visited_shop(folder: Path) -> Iterator[Live]:
 
     Missing tools of Prometheus skip the test at a desk, and fail it in CI.
     """
-    if shutil.which("promtool") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("promtool is not installed")
+    need(shutil.which("promtool"), "promtool")
     with Gunicorn(folder, "--workers=3", "--threads=4", app=SHOP, **OPTIONS) as server:
         send(server.port)
         until(lambda: comparison.read_counted(server.port).total(), SENT)
@@ -161,8 +157,9 @@ def remember_a_week_ago(folder: Path, instance: str) -> None:
     ]
     text = ["# TYPE flask_usage_requests counter", *samples, "# EOF\n"]
     (folder / "week-ago").write_text("\n".join(text))
-    command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "week-ago", "prometheus"]
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    command = ("promtool", "tsdb", "create-blocks-from", "openmetrics", "week-ago", "prometheus")
+    done = run(*command, folder=folder)
+    assert done.returncode == 0, done.stderr
 
 
 def stored(folder: Path, since: float) -> list[UsageRecord]:

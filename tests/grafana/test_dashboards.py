@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import promql_parser as promql
 import pytest
 from helpers.dashboards import DASHBOARDS, FOLDER, panels, substituted, targets, variables
+from helpers.process import run
 
 from flask_usage_metrics.metrics.names import DESCRIPTIONS, LABELS
 
@@ -204,7 +204,7 @@ def test_the_linter_finds_nothing(uid: str, rule: Callable[[Dashboard], Iterator
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="grafana-foundation-sdk needs Python 3.11")
 def test_the_files_are_what_the_build_makes() -> None:
     build = [sys.executable, FOLDER.parent / "build", "--check"]
-    checked = subprocess.run(build, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    checked = run(*build)
     assert (checked.stdout, checked.returncode) == ("", 0)
     assert {file.stem for file in FOLDER.iterdir()} == set(UIDS)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.dashboards import DASHBOARDS, panels
+from helpers.process import need, run
 
 Dashboard = dict[str, Any]
 
@@ -57,14 +57,11 @@ PANEL_TYPES = ("bargauge", "geomap", "heatmap", "stat", "table", "timeseries")
 def types(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with Grafana's schema and a TypeScript compiler in it."""
     npm = shutil.which("npm")
-    if npm is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("npm is not installed")
+    need(npm, "npm")
     folder = tmp_path_factory.mktemp("types")
     (folder / "package.json").write_text(json.dumps({"dependencies": PACKAGES}))
-    install = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund"]
-    done = subprocess.run(
-        install, cwd=folder, capture_output=True, text=True, timeout=300, check=False
-    )
+    install = (npm, "install", "--ignore-scripts", "--no-audit", "--no-fund")
+    done = run(*install, folder=folder, seconds=300)
     if done.returncode != 0:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(done.stderr)
     return folder
@@ -83,9 +80,7 @@ def complaints(folder: Path, **dashboards: Dashboard) -> str:
     (folder / "dashboards.ts").write_text(source)
     tsc = [folder / "node_modules" / ".bin" / "tsc", "--noEmit", "--strict", "--skipLibCheck"]
     modules = ["--module", "nodenext", "--moduleResolution", "nodenext", "dashboards.ts"]
-    checked = subprocess.run(
-        [*tsc, *modules], cwd=folder, stdout=subprocess.PIPE, text=True, timeout=300, check=False
-    )
+    checked = run(*tsc, *modules, folder=folder, seconds=300)
     assert checked.returncode in (0, 1, 2)
     return checked.stdout
 

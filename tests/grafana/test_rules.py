@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sqlite3
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from helpers.process import until
+from helpers.process import need, run, until
 from helpers.prometheus import Prometheus
 from helpers.servers import Gunicorn
 
@@ -29,17 +28,8 @@ RECORDING, ALERTS = "flask-usage-recording.yml", "flask-usage-alerts.yml"
 def promtool(*arguments: str, folder: Path) -> tuple[bool, str]:
     """Return whether promtool is content, and what it says."""
     binary = shutil.which("promtool")
-    if binary is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("promtool is not installed")
-    done = subprocess.run(
-        [binary, *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    need(binary, "promtool")
+    done = run(binary, *arguments, folder=folder, seconds=120, stderr=subprocess.STDOUT)
     return done.returncode == 0, done.stdout
 
 

@@ -6,12 +6,11 @@ import logging
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from helpers.process import Process, start_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import (
@@ -79,25 +78,18 @@ class Workers:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.running: list[subprocess.Popen[str]] = []
+        self.running: list[Process] = []
 
-    def start(self, number: int, code: str = "") -> subprocess.Popen[str]:
-        worker = subprocess.Popen(
-            [sys.executable, "-c", WORKER + code + WAIT, str(number)],
-            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self.folder)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, number: int, code: str = "") -> Process:
+        folder = {"PROMETHEUS_MULTIPROC_DIR": str(self.folder)}
+        worker = start_python(WORKER + code + WAIT, number, env=folder)
         self.running.append(worker)
-        assert worker.stdout is not None
-        assert worker.stdout.readline() == "ready\n"
+        assert worker.line() == "ready"
         return worker
 
-    def kill(self, worker: subprocess.Popen[str]) -> None:
-        worker.kill()
-        worker.communicate(timeout=10)
-        self.running.remove(worker)
+    def kill(self, worker: Process) -> None:
+        with worker:
+            self.running.remove(worker)
 
     def kill_all(self) -> None:
         for worker in list(self.running):
@@ -509,8 +501,8 @@ class TestProcessMetrics:
         assert together["process_resident_memory_bytes"] > 10_000_000
 
     def test_vanished_processes_are_skipped(self, workers: Workers) -> None:
-        gone = subprocess.Popen([sys.executable, "-c", ""])
-        gone.wait()
+        with start_python("") as gone:
+            gone.finish()
         names = [metric.name for metric in process_metrics([*workers.pids, gone.pid])]
         assert names == [metric.name for metric in process_metrics(workers.pids)]
         assert list(process_metrics([gone.pid])) == []

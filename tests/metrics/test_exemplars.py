@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +16,7 @@ import pytest
 import requests
 from flask import Flask
 from helpers.front_door import Site
-from helpers.process import until
+from helpers.process import run_python, until
 from helpers.prometheus import Prometheus
 from helpers.records import START, make_record
 from helpers.servers import Gunicorn
@@ -311,18 +308,8 @@ class TestWorkers:
         add(totals, traced(1, after=5), traced(2, after=5, duration_seconds=0.6))
         add(totals, traced(3, endpoint="ours"))
         totals.sync()
-        worker = subprocess.run(
-            [sys.executable, "-c", WORKER, path],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(["tests", "tests/metrics", *sys.path]),
-            },
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        # Beside this file, from which it imports.
+        worker = run_python(WORKER, path, folder=Path(__file__).parent)
         assert worker.returncode == -signal.SIGKILL
         expected = {
             ("ours", "0.025"): 3,

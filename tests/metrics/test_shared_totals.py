@@ -6,8 +6,6 @@ import json
 import random
 import shutil
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -16,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from helpers.process import start_python
 from helpers.records import START, make_record
 
 from flask_usage_metrics.metrics.exemplars import BucketExemplars, pack
@@ -173,9 +172,7 @@ while True:
         number -= 1
     time.sleep(0.002)
 """
-    children = [
-        subprocess.Popen([sys.executable, "-c", script, path, name]) for name in ("a", "b", "c")
-    ]
+    children = [start_python(script, path, name) for name in ("a", "b", "c")]
     file = SharedTotals(path)
     deadline = time.monotonic() + 60
     while len(file.merged) < 3 or len(file.workers) < 4:
@@ -186,9 +183,8 @@ while True:
         child.pid for child in children
     }
     for child in children:
-        with child:
+        with child:  # which is killed
             time.sleep(0.1)
-            child.kill()
     sums = look(file)
     assert len(file.workers) == 1  # the gauges of the dead are gone
     # The number of the commit and the sums are of one transaction.

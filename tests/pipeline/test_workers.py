@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 from helpers.front_door import samples
-from helpers.process import until
+from helpers.process import run, until
 from helpers.servers import Gunicorn
 
 from flask_usage_metrics import open_storage
@@ -274,11 +273,11 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
     """A file system of a quarter of a MiB: room for no journal."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
+    if shutil.which("mount") is None or run(*mount).returncode:
         pytest.skip("this user may not mount a tmpfs")
     yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    assert run("umount", "-l", folder).returncode == 0
 
 
 def test_a_full_tmpfs_kills_no_worker_and_loses_no_record(

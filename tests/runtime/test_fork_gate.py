@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from helpers.process import run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-
-TESTS = Path(__file__).parents[1]
-PATHS = (str(TESTS.parent), str(TESTS))
 
 PRELUDE = """
 import itertools, logging, os, signal, sqlite3, sys, threading, time, warnings
@@ -53,16 +49,13 @@ def enters(gate):
 
 def run(program: str, folder: Path, timeout: float = 60) -> None:
     """Run a program in a process of its own, which nothing else has threads in."""
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(program)],
-        cwd=folder,
-        env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(PATHS)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
+    done = run_python(
+        PRELUDE + textwrap.dedent(program),
+        folder=folder,
+        env={"TMPDIR": str(folder)},
+        seconds=timeout,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert done == (0, "", "")
 
 
 GATE = """

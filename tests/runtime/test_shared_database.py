@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from helpers.process import run_python
 
 from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.shared_database import SharedDatabase
@@ -207,12 +206,5 @@ def test_a_forked_child_neither_uses_nor_closes_its_parents_connection(
 ) -> None:
     if (script, kind) == (DROPPED, "memory"):
         script = script.replace("Path(sys.argv[1])", "None")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script, "folder/words" if kind == "file" else ""],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(script, "folder/words" if kind == "file" else "", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.front_door import Site, samples
+from helpers.process import Process, run_python, start_python
 
 from flask_usage_metrics.runtime.private_files import (
     StateUnavailable,
@@ -28,9 +27,8 @@ STRANGER = 12345
 
 def ended() -> tuple[int, str]:
     """Return the number of a process that ended, and when it had started."""
-    with subprocess.Popen(["sleep", "60"]) as process:
+    with Process("sleep", "60") as process:
         since = started(process.pid)
-        process.kill()
     return process.pid, since
 
 
@@ -231,18 +229,11 @@ def test_a_living_generation_is_not_removed(home: Path, who: str) -> None:
         "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_SH);"
         "print('ready', flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, folder / "lock" if who == "member" else __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as member:
-        assert member.stdout is not None
-        assert member.stdout.readline() == "ready\n"
+    with start_python(script, folder / "lock" if who == "member" else __file__) as member:
+        assert member.line() == "ready"
         assert dead(home) == []
         remove_run(folder)
         assert (folder / "lock").exists()
-        member.kill()
     if who == "member":
         assert dead(home) == [folder]
         remove_run(folder)
@@ -315,13 +306,7 @@ def test_keys_and_apps_are_separate(tmp_path: Path, home: Path) -> None:
         "print(server_key())\nprint(process_key())"
     )
     keys = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            start_new_session=session,
-        ).stdout.splitlines()
+        run_python(code, start_new_session=session).stdout.splitlines()
         for session in (False, False, True)
     ]
     assert keys[0][0] == keys[1][0]  # children of one parent

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
 
 import msgspec
 import pytest
+from helpers.process import run_python, start_python
 from helpers.records import START, make_record, make_records
 from storage_contract import StorageContract
 
@@ -148,7 +147,7 @@ assert storage.count() == 10
 
 
 def test_a_disk_that_fills_up_takes_nothing_of_the_batch(file: Path) -> None:
-    run(FILL, str(file))
+    assert run_python(FILL, file) == (0, "", "")
 
 
 def test_a_full_disk_is_unavailable_without_naming_the_file() -> None:
@@ -229,25 +228,9 @@ for number in range(50):
 
 
 def test_processes_append_at_once(storage: JSONLinesStorage, file: Path) -> None:
-    processes = [start(APPEND, str(file), str(number)) for number in range(4)]
+    processes = [start_python(APPEND, file, number) for number in range(4)]
     while any(process.poll() is None for process in processes):
         assert storage.count() % 20 == 0
-    assert [process.communicate()[1] for process in processes] == [b""] * 4
+    assert [process.finish() for process in processes] == [(0, "", "")] * 4
     assert storage.count() == 4 * 50 * 20
     assert len(file.read_bytes().splitlines()) == 4 * 50 * 20
-
-
-def start(code: str, *arguments: str) -> subprocess.Popen[bytes]:
-    here = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, *arguments],
-        stderr=subprocess.PIPE,
-        env=environment,
-    )
-
-
-def run(code: str, *arguments: str) -> None:
-    process = start(code, *arguments)
-    assert process.communicate()[1] == b""
-    assert process.returncode == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.front_door import Site
+from helpers.process import run_python
 from helpers.records import make_record
 
 from flask_usage_metrics import ConfigError, open_storage
@@ -177,4 +177,4 @@ def test_built_in_storages_cost_no_look_at_what_is_installed() -> None:
         "assert 'sqlalchemy' not in sys.modules\n"
         "open_storage('sqlite://').close()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert run_python(code) == (0, "", "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from helpers.front_door import Site
-from helpers.process import until
+from helpers.process import start_python, until
 from helpers.records import UTC, make_record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -415,13 +414,9 @@ def test_a_kill_at_any_moment_leaves_them_right(database: str) -> None:
         said = ""
         kills = 0
         while "done" not in said:
-            with subprocess.Popen(
-                [sys.executable, "-c", KILLED, database, NOW.isoformat()],
-                stdout=subprocess.PIPE,
-                text=True,
-            ) as process:
+            with start_python(KILLED, database, NOW.isoformat()) as process:
                 assert process.stdout is not None
-                said = process.stdout.readline()
+                said = process.line()
                 try:
                     process.wait(rng.uniform(0.005, 0.2) if kills < 8 else 60)
                 except subprocess.TimeoutExpired:

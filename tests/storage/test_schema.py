@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -558,27 +555,14 @@ def patient(url: str) -> str:
 def test_eight_processes_may_begin_at_once(database: str, old: bool) -> None:
     if old:
         make_old(database, "1.x")
-    here = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", WRITER, patient(database), str(number)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-        )
-        for number in range(8)
-    ]
+    processes = [start_python(WRITER, patient(database), number) for number in range(8)]
     for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
+        assert process.line() == "ready"
     for process in processes:
         assert process.stdin is not None
         process.stdin.close()
         process.stdin = None
-    errors = [process.communicate()[1].decode() for process in processes]
-    assert errors == [""] * 8
+    assert [process.finish() for process in processes] == [(0, "", "")] * 8
     with opened(database) as storage:
         assert storage.count() == 8 * 3 * 20 + (3 if old else 0)
         assert storage.plan() == []

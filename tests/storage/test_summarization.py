@@ -6,9 +6,6 @@ What `get_sum` returns is in the contract of storages.
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +16,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from helpers.front_door import Site
+from helpers.process import Process, start_python
 from helpers.records import make_record, make_records
 from storage_contract import SUMS
 
@@ -473,14 +471,8 @@ def page(number):
 """
 
 
-def start(code: str, kind: str, folder: Path) -> subprocess.Popen[str]:
-    here = Path(__file__).parents[1]
-    return subprocess.Popen(
-        [sys.executable, "-c", APP + textwrap.dedent(code), kind, str(folder)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
-    )
+def start(code: str, kind: str, folder: Path) -> Process:
+    return start_python(APP + textwrap.dedent(code), kind, folder)
 
 
 def storage_of(kind: str, folder: Path) -> tuple[Storage, Callable[[], None]]:
@@ -502,7 +494,7 @@ def test_sums_are_right_however_many_processes_write(kind: str, tmp_path: Path) 
         assert usage.flush(60)
     """
     workers = [start(code, kind, tmp_path) for _ in range(4)]
-    assert [worker.communicate()[1] for worker in workers] == [""] * 4
+    assert [worker.finish() for worker in workers] == [(0, "", "")] * 4
     storage, end = storage_of(kind, tmp_path)
     for every, rows in storage.get_sum("sumUrl").items():
         hits = dict.fromkeys(["http://localhost/page/1", "http://localhost/page/2"], 0)
@@ -534,7 +526,7 @@ def test_after_a_kill_in_a_hook_it_sees_the_records_again(kind: str, tmp_path: P
         kind,
         tmp_path,
     )
-    assert killed.communicate(timeout=60)[1] == ""
+    assert killed.finish().stderr == ""
     assert killed.returncode == -9
     storage, end = storage_of(kind, tmp_path)
     # It was kept before the hook was called.
@@ -553,7 +545,7 @@ def test_after_a_kill_in_a_hook_it_sees_the_records_again(kind: str, tmp_path: P
         kind,
         tmp_path,
     )
-    assert survivor.communicate(timeout=60)[1] == ""
+    assert survivor.finish().stderr == ""
     seen = (tmp_path / "seen").read_text().split()
     assert len(seen) == 3
     assert seen.count(record.id) == 2

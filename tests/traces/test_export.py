@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +18,7 @@ import pytest
 import requests
 from helpers.collector import Received, Receiver
 from helpers.front_door import Site
-from helpers.process import until
+from helpers.process import Process, start_python, until
 from helpers.servers import Gunicorn
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -386,7 +384,7 @@ def test_a_provider_that_is_given_needs_no_exporter(
 
 
 def test_without_opentelemetry_the_extra_is_named(tmp_path: Path) -> None:
-    done = run(
+    done = start(
         tmp_path,
         """
         import sys
@@ -400,7 +398,7 @@ def test_without_opentelemetry_the_extra_is_named(tmp_path: Path) -> None:
         except ConfigError as error:
             print(error)
         """,
-    ).end()
+    ).finish()
     expected = "opentelemetry is not installed: pip install 'flask-usage-metrics[otlp]'\n"
     assert done == (0, expected, "")
 
@@ -465,7 +463,7 @@ def test_a_hanging_collector_does_not_hold_up_a_flush_of_others_spans(
     visit(site, 1, "/item/1")
     assert site.usage.flush()
     collector.hang_seconds = 5
-    trace.get_tracer("child").start_span("background").end()
+    trace.get_tracer("child").start_span("background").finish()
     started = time.monotonic()
     assert site.usage.flush()
     assert time.monotonic() - started < 3
@@ -721,30 +719,18 @@ def test_other_threads_get_ids_of_their_own_meanwhile(make_site: Make, collector
 # ------------------------------------------------------------------------ the end of a process
 
 
-class Process:
-    """A Python program in a folder of its own."""
-
-    def __init__(self, folder: Path, program: str, *arguments: str, **environment: str) -> None:
-        folder.mkdir(exist_ok=True)
-        (folder / "program.py").write_text(textwrap.dedent(program))
+def start(folder: Path, program: str, *arguments: str, **environment: str) -> Process:
+    """Start a Python program in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    return start_python(
+        program,
+        *arguments,
         # urllib3 leaves sockets to the garbage collector when an exporter of the SDK is shut down.
-        warnings = ("-W", "error", "-W", "ignore::ResourceWarning")
-        self.process = subprocess.Popen(
-            [sys.executable, *warnings, "program.py", *arguments],
-            cwd=folder,
-            env={**os.environ, "TMPDIR": str(folder), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        warnings=("error", "ignore::ResourceWarning"),
+        folder=folder,
+        env={"TMPDIR": str(folder), **environment},
+    )
 
-    def end(self) -> tuple[int, str, str]:
-        """Wait until it has ended; return its code, and what it wrote."""
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out, err
-
-
-run = Process
 
 SHOP = """
 import os, sys, time
@@ -815,13 +801,13 @@ def test_whatever_ends_a_process_all_is_sent_before(tmp_path: Path, collector: R
                 "visit(20)",
                 end,
             ]
-            started[provider, how] = run(
+            started[provider, how] = start(
                 tmp_path / f"{provider} {how}",
                 "\n".join(program),
                 FLASK_TRACK_USAGE_FLUSH_SECONDS="60",
                 OTEL_SERVICE_NAME=f"{provider} {how}",
             )
-    ended = {case: process.end() for case, process in started.items()}
+    ended = {case: process.finish() for case, process in started.items()}
     for (provider, how), (code, _, err) in ended.items():
         assert code == ENDS[how][1], err
         assert err.rpartition("\n")[0][-17:] == ("ZeroDivisionError" if how == "raises" else "")
@@ -832,8 +818,8 @@ def test_whatever_ends_a_process_all_is_sent_before(tmp_path: Path, collector: R
 
 def test_the_console_is_a_collector_too(tmp_path: Path) -> None:
     program = [SHOP, 'TrackUsage(app, "sqlite:///usage.sqlite3")', "visit(2)"]
-    process = run(tmp_path, "\n".join(program), OTEL_TRACES_EXPORTER="console")
-    code, out, err = process.end()
+    process = start(tmp_path, "\n".join(program), OTEL_TRACES_EXPORTER="console")
+    code, out, err = process.finish()
     assert (code, err) == (0, "")
     spans = json.loads("[" + out.replace("\n}\n{\n", "\n},{\n") + "]")
     ours = [span["context"]["span_id"][2:] for span in spans if span["kind"] == "SpanKind.SERVER"]
@@ -857,10 +843,10 @@ def test_what_a_failing_collector_leaves_is_sent_by_the_next_process(
         hanging.hang_seconds = 60
         cases = {"down": collector, "hanging": hanging}
         processes = [
-            run(tmp_path / how, program, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
+            start(tmp_path / how, program, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
             for how, receiver in cases.items()
         ]
-        for code, out, err in [process.end() for process in processes]:
+        for code, out, err in [process.finish() for process in processes]:
             assert code == 0, err
             assert time.time() - float(out) < 7
         hanging.down()
@@ -868,10 +854,10 @@ def test_what_a_failing_collector_leaves_is_sent_by_the_next_process(
             receiver.up()
         assert collector.spans() == hanging.spans() == []
         processes = [
-            run(tmp_path / how, program, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
+            start(tmp_path / how, program, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
             for how, receiver in cases.items()
         ]
-        for code, _, err in [process.end() for process in processes]:
+        for code, _, err in [process.finish() for process in processes]:
             assert (code, err) == (0, "")
         for how, receiver in cases.items():
             assert len(receiver.ids()) == 20
@@ -900,7 +886,7 @@ visit(5)
 assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 3
 visit(5)
 """
-    assert run(tmp_path, SHOP + program).end() == (0, "", "")
+    assert start(tmp_path, SHOP + program).finish() == (0, "", "")
     assert len(collector.ids()) == 35
     assert_once(collector.spans(), tmp_path)
     storage = open_storage(f"sqlite:///{tmp_path}/usage.sqlite3")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 from flask import Blueprint, Flask, Response, abort, stream_with_context
 from helpers.front_door import Site
+from helpers.process import run_python
 from opentelemetry import context as otel_context
 from opentelemetry import propagate, trace
 from opentelemetry.instrumentation.flask import FlaskInstrumentor
@@ -488,18 +487,18 @@ def test_a_failing_propagator_or_provider_reaches_nobody(
 
 
 def test_without_traces_opentelemetry_is_not_imported(tmp_path: Any) -> None:
-    script = """
-import sys
-from flask import Flask
-from flask_usage_metrics import TrackUsage
-app = Flask("shop")
-usage = TrackUsage(app, "sqlite://")
-app.test_client().get("/")
-assert usage.flush()
-assert app.test_client().get("/metrics").status_code == 200
-assert not [name for name in sys.modules if name.startswith("opentelemetry")]
-"""
-    subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=tmp_path, check=True)
+    program = """
+        import sys
+        from flask import Flask
+        from flask_usage_metrics import TrackUsage
+        app = Flask("shop")
+        usage = TrackUsage(app, "sqlite://")
+        app.test_client().get("/")
+        assert usage.flush()
+        assert app.test_client().get("/metrics").status_code == 200
+        assert not [name for name in sys.modules if name.startswith("opentelemetry")]
+    """
+    assert run_python(program, folder=tmp_path) == (0, "", "")
 
 
 def test_without_an_sdk_the_callers_trace_is_kept(make_site: Make) -> None:
