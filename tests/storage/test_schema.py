@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from helpers.process import start_python
 from helpers.records import START, make_record
 
 from flask_usage_metrics.errors import StorageUnavailable

@@ -538,7 +538,7 @@ def test_after_a_kill_in_a_hook_it_sees_the_records_again(kind: str, tmp_path: P
         with app.test_client() as client:
             client.get("/page/2")
         deadline = time.monotonic() + 30
-        while open(f"{folder}/seen").read().count("\\n") < 3 and time.monotonic() < deadline:
+        while Path(folder, "seen").read_text().count("\\n") < 3 and time.monotonic() < deadline:
             assert usage.flush(30)
             time.sleep(0.05)
         """,
