@@ -253,7 +253,7 @@ class Enricher:
     def close(self) -> None:
         """End the threads and forget the keys; the next observation brings them back.
 
-        Blocks at most a second for each slow country source that is at work.
+        Blocks at most a second for each blocking country source that is at work.
         """
         self._country_lookup.close()
         self._visitors.close()

@@ -1,4 +1,4 @@
-"""What a source of countries answers, and which codes are countries."""
+"""The answer of a source of countries, and the codes that are countries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ISO_CODES = frozenset(_CODES.split())
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What is known about an address.
+    """The country of an address, and what else a service told of it.
 
     Attributes:
         country: One of `ISO_CODES`; None: unknown.
@@ -50,8 +50,8 @@ def as_answer(code: object) -> Answer:
     return UNKNOWN
 
 
-class Source(Protocol):
-    """One place to learn a country from.
+class CountrySource(Protocol):
+    """A place to learn a country from, which answers at once.
 
     Attributes:
         is_static: Whether its answer to an address is the same for ever.

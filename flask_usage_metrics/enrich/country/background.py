@@ -1,4 +1,4 @@
-"""Asking a slow source on a thread of its own: once an address, with bounds for everything."""
+"""Asks a source that may block, on a thread of its own: once an address, all of it bounded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ THREAD_NAME = "flask_usage_metrics country"
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What a slow source said.
+    """The reply of a blocking source.
 
     Attributes:
         country: A code of `ISO_CODES`; None: unknown.
@@ -34,7 +34,7 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 class BlockingSource(Protocol):
-    """A source that may block."""
+    """A place to learn a country from that may block, such as a service."""
 
     @property
     def is_local(self) -> bool:
@@ -48,13 +48,13 @@ class BlockingSource(Protocol):
 
 
 class BackgroundLookup:
-    """A `Source` that answers None while its slow source is being asked.
+    """A `CountrySource` that answers None while a blocking source is being asked.
 
     `locate` is called by one thread at a time; the asking thread shares the condition with it.
 
     Args:
         source: Whom to ask.
-        answered: Rung when an answer arrived; guards all that is shared.
+        answered: Notified when an answer arrived; its lock guards all that is shared.
         limits: How many, how long.
         faults: Where failures are reported.
     """

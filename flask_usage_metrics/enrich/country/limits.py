@@ -1,4 +1,4 @@
-"""The numbers that keep a slow, hung or gone source of countries from costing more than itself."""
+"""Bounds that keep a slow, hung or gone source of countries from harming anything else."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import msgspec
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds of the slow sources (HTTP service, function) and of looking after a database file.
+    """Bounds of the blocking sources (HTTP service, function) and of looking after a database file.
 
     Attributes:
         connect_seconds: An HTTP service is given up that does not accept within.
         read_seconds: ... or is silent for so long.
         answer_seconds: ... or has not answered to the end, from its headers on, within.
         answer_bytes: ... or answers more than that.
-        deadline_seconds: A record waits so long for a slow source; after that it is unknown.
-        questions: Addresses waiting for one slow source; more are unknown.
-        answers: Answers kept of one slow source, the least recently used go first.
+        deadline_seconds: A record waits so long for a blocking source; after that it is unknown.
+        questions: Addresses waiting for one blocking source; more are unknown.
+        answers: Answers kept of one blocking source, the least recently used go first.
         answers_bytes: All ``ip_info`` kept of one service, likewise.
         keep_seconds: An answer of a service is kept.
         keep_failure_seconds: ... and that there was none.
