@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.front_door import Site, sites
 
-pytest_plugins = ["helpers.selection"]
+pytest_plugins = ["helpers.selection", "helpers.watch"]
 
 
 @pytest.fixture

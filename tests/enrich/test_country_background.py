@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 from helpers.process import run_python
+from helpers.watch import alive
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -286,6 +287,7 @@ def hung(handler):
     handler.close_connection = True
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("behave", [endless, trickling, cut, no_http, hung])
 def test_a_service_that_misbehaves_is_given_up_in_time(server, make, faults, behave):
     server.behave = behave
@@ -356,6 +358,7 @@ def test_cookies_are_not_sent_back_and_the_connection_is_used_again(server, make
     assert server.connections == 1
 
 
+@pytest.mark.alone
 def test_asking_never_blocks_while_a_service_hangs_and_ends_at_the_deadline(
     server, make, clock, faults
 ):
@@ -645,6 +648,7 @@ def test_a_function_that_always_raises_is_not_paused(make):
     assert len(called) == 12
 
 
+@pytest.mark.alone
 def test_a_function_that_hangs_makes_unknown_after_the_deadline_and_memory_is_bounded(
     make, clock, faults
 ):
@@ -663,7 +667,7 @@ def test_a_function_that_hangs_makes_unknown_after_the_deadline_and_memory_is_bo
     until_true(lambda: countries._lookups[0].arrived == 50)
 
 
-def test_a_thread_that_hangs_for_a_minute_is_left_behind_three_times_at_most(make, clock):
+def test_a_thread_that_hangs_for_a_minute_is_left_behind_three_times_at_most(make, clock, started):
     release = threading.Event()
     hanging = []
 
@@ -674,10 +678,9 @@ def test_a_thread_that_hangs_for_a_minute_is_left_behind_three_times_at_most(mak
         return "DE"
 
     countries = make(function=function)
-    before = set(asking_threads())
     for number in range(6):
         countries.locate(f"9.9.9.{number}", (), False)
-        assert len(set(asking_threads()) - before) == min(number + 1, 4)
+        assert len(alive(started)) == min(number + 1, 4)
         until_true(lambda n=number: len(hanging) == min(n + 1, 4))
         clock.now += 61
         if number < 3:
@@ -685,13 +688,14 @@ def test_a_thread_that_hangs_for_a_minute_is_left_behind_three_times_at_most(mak
     assert countries.locate("8.8.8.8", (), False) is None
     release.set()
     assert ask(countries) == Answer("DE")
-    assert sum(thread is countries._lookups[0]._thread for thread in threading.enumerate()) == 1
+    assert countries._lookups[0]._thread.is_alive()
     until_true(lambda: not any(thread.is_alive() for thread in countries._lookups[0]._left_behind))
 
 
 # -------------------------------------------------------------------------------- waiting
 
 
+@pytest.mark.alone
 def test_wait_returns_when_an_answer_arrives_even_if_it_came_before(make):
     countries = make(function=lambda address: "DE")
     for number in range(50):
@@ -708,6 +712,7 @@ def test_wait_returns_when_an_answer_arrives_even_if_it_came_before(make):
     assert time.monotonic() - begun < 1
 
 
+@pytest.mark.alone
 def test_wait_returns_for_an_answer_that_came_before_though_another_is_under_way(make):
     release = threading.Event()
     countries = make(function=lambda address: address == "8.8.8.8" or release.wait(10))
@@ -722,6 +727,7 @@ def test_wait_returns_for_an_answer_that_came_before_though_another_is_under_way
     release.set()
 
 
+@pytest.mark.alone
 def test_wait_blocks_no_longer_than_its_timeout_or_the_deadline(server, make):
     server.hangs()
     countries = make(server.url, read_seconds=5, deadline_seconds=0.3, clock=time.monotonic)
@@ -735,6 +741,7 @@ def test_wait_blocks_no_longer_than_its_timeout_or_the_deadline(server, make):
     server.released.set()
 
 
+@pytest.mark.alone
 def test_wait_local_waits_for_a_function_but_for_no_service(server, make):
     server.hangs()
     countries = make(freegeoip=server.url, function=lambda address: time.sleep(0.1) or "DE")
@@ -752,6 +759,7 @@ def test_wait_local_waits_for_a_function_but_for_no_service(server, make):
     server.released.set()
 
 
+@pytest.mark.alone
 def test_wait_local_ends_at_its_timeout(make):
     release = threading.Event()
     countries = make(function=lambda address: release.wait(10))
@@ -762,6 +770,7 @@ def test_wait_local_ends_at_its_timeout(make):
     release.set()
 
 
+@pytest.mark.alone
 def test_a_lookup_in_local_sources_waits_for_nothing(make):
     countries = make("iptocc")
     begun = time.monotonic()
@@ -774,20 +783,16 @@ def test_a_lookup_in_local_sources_waits_for_nothing(make):
 # -------------------------------------------------------------------------------- threads
 
 
-def asking_threads():
-    return [thread for thread in threading.enumerate() if "country" in thread.name]
-
-
-def test_no_thread_runs_before_the_first_question_nor_from_close_to_the_next(server, make):
+def test_no_thread_runs_before_the_first_question_nor_from_close_to_the_next(server, make, started):
     countries = make([server.url, "header:X"], function=None)
-    assert asking_threads() == []
+    assert alive(started) == []
     ask(countries, headers=("",))
-    assert len(asking_threads()) == 1
+    assert len(alive(started)) == 1
     countries.close()
     countries.close()
-    assert asking_threads() == []
+    assert alive(started) == []
     assert countries.locate("8.8.8.8", ("",), False) == GERMANY
-    assert asking_threads() == []
+    assert alive(started) == []
     assert ask(countries, "9.9.9.9", headers=("",)) == GERMANY
 
 

@@ -850,6 +850,7 @@ def test_a_cut_path_takes_linear_time_whatever_its_rule(rule):
     assert time.process_time() - started < 1
 
 
+@pytest.mark.alone
 def test_a_repeated_query_and_an_ordinary_one_cost_microseconds():
     redactor = redactor_of(emails=True)
 

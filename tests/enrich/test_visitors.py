@@ -9,13 +9,14 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from hashlib import blake2b
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from helpers.process import Process, run_python, start_python
+from helpers.watch import descriptors
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -315,6 +316,7 @@ def test_who_is_killed_while_it_makes_the_key_blocks_nobody(shop: Shop) -> None:
     assert shop.fault_count() == 0
 
 
+@pytest.mark.alone
 def test_who_hangs_delays_only_until_there_is_a_key(shop: Shop) -> None:
     path = shop.make_folder() / f"{TODAY}.key"
     with other_process(LOCK, path):
@@ -1002,11 +1004,7 @@ def test_nothing_is_kept_open(shop: Shop) -> None:
         tally.add(at(NOON, [number]))
         tally.today()
         ids.close()
-    targets = []
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            targets.append(str(descriptor.readlink()))
-    assert not [target for target in targets if target.startswith(str(shop.folder))]
+    assert descriptors(shop.folder) == 0
 
 
 def break_it(path: Path, how: str) -> None:

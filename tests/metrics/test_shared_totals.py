@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from helpers.process import start_python
 from helpers.records import START, make_record
+from helpers.watch import descriptors
 
 from flask_usage_metrics.metrics.exemplars import BucketExemplars, pack
 from flask_usage_metrics.metrics.families import Numbers
@@ -41,15 +42,6 @@ def add(file: SharedTotals, **counts: int) -> None:
 def look(file: SharedTotals) -> dict[str, float]:
     file.sync({}, {}, GAUGES)
     return {labels[1]: numbers[0] for (_, labels), numbers in file.merged.items()}
-
-
-def descriptors(folder: Path) -> int:
-    """Count what this process has open below a folder: other tests may still let go of theirs."""
-    count = 0
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            count += str(descriptor.readlink()).startswith(f"{folder}/")
-    return count
 
 
 def break_it(path: Path, how: str) -> None:

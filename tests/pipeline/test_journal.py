@@ -7,12 +7,12 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import pytest
 from helpers.process import run_python, start_python
+from helpers.watch import descriptors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,15 +47,6 @@ def filled(folder: Path, count: int = 5) -> tuple[Path, list[tuple[int, Observat
     file.close(remove=False)
     (path,) = folder.glob("*.journal")
     return path, expected
-
-
-def descriptors(folder: Path) -> int:
-    """Count what this process has open below a folder: other tests may still let go of theirs."""
-    count = 0
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            count += str(descriptor.readlink()).startswith(f"{folder}/")
-    return count
 
 
 # ------------------------------------------------------------------------ kills and owners

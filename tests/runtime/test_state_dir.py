@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.front_door import Site, samples
 from helpers.process import Process, run_python, start_python
+from helpers.watch import descriptors
 
 from flask_usage_metrics.runtime.private_files import (
     StateUnavailable,
@@ -151,10 +152,9 @@ def test_a_strangers_file_is_not_opened(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("")
     os.chown(path, STRANGER, STRANGER)
-    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(PermissionError):
         open_private(path)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert descriptors(tmp_path) == 0
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
