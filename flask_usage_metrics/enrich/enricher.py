@@ -77,7 +77,7 @@ class Enricher:
         identifies: bool,
         policy: Policy,
     ) -> None:
-        self._app = wsgi_text(app, 128)
+        self._app = app_text(app)[:128]
         self._key = key
         self._country_lookup = country_lookup
         self._visitors = visitors
@@ -97,7 +97,7 @@ class Enricher:
     def _take_identity(self) -> None:
         self.origin = Origin(
             app=self._key,
-            process=wsgi_text(f"{socket.gethostname()}:{os.getpid()}", 128),
+            process=app_text(f"{socket.gethostname()}:{os.getpid()}")[:128],
             nonce=secrets.randbits(NUMBER_BITS),
             headers=self.headers,
         )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import g
+from flask import Flask, g
 from helpers.front_door import Site
+from prometheus_client import CollectorRegistry
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
-from flask_usage_metrics import UsageRecord
+from flask_usage_metrics import TrackUsage, UsageRecord
 from flask_usage_metrics.storage import Writer
 
 Make = Callable[..., Site]
@@ -154,3 +156,14 @@ def test_a_queue_is_told_by_either_header(make_site: Make) -> None:
         site.get(headers={name: came})
     waited = [record.queue_seconds for record in site.records()]
     assert waited == [pytest.approx(2, abs=0.5), pytest.approx(2, abs=0.5), None]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("café кафе", "café кафе"), ("x" * 200, "x" * 128)])
+def test_the_name_of_the_app_is_kept_in_any_alphabet(tmp_path: Path, name: str, kept: str) -> None:
+    app = Flask(name)
+    app.config |= {"TRACK_USAGE_STATE_DIR": tmp_path}
+    records: list[dict[str, Any]] = []
+    usage = TrackUsage(app, records.append, registry=CollectorRegistry())
+    app.test_client().get("/")
+    assert usage.flush()
+    assert [record["app"] for record in records] == [kept]
