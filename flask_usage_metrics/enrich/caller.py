@@ -17,7 +17,7 @@ from flask_usage_metrics.records.observation import ENVIRON_KEYS
 from flask_usage_metrics.runtime.caches import TwoGenerationCache
 
 CALLER = slice(ENVIRON_KEYS.index("REMOTE_ADDR"), ENVIRON_KEYS.index("HTTP_REFERER"))
-"""Where an observation's environ tells of the caller."""
+"""The texts of an observation's environ that tell of the caller."""
 
 CallerKey = tuple[tuple[str, ...], str | None]
 """The texts of `CALLER`, and the address of the peer where ProxyFix replaced it."""
@@ -27,15 +27,15 @@ ClientFields = tuple[str | None, str | None, str | None, str | None, str | None,
 
 
 class Caller(msgspec.Struct, frozen=True, gc=False):
-    """Who asked, as it is kept: the same for all that one client asks for.
+    """The client behind a request, as it is kept: the same for all that it asks for.
 
     Attributes:
         address: The whole address, normalised; what is kept of it is `remote_addr`.
         is_trusted: Whether a trusted proxy sent the request.
         answer: The country, if it is the same for ever.
-        remote_addr: Of the record.
-        forwarded_for: Of the record.
-        client_fields: Of the record.
+        remote_addr: Field of the record.
+        forwarded_for: Field of the record.
+        client_fields: Fields of the record.
     """
 
     address: str | None
@@ -51,7 +51,7 @@ class Callers(TwoGenerationCache[CallerKey, Caller]):
 
     Args:
         country_lookup: Where countries are looked up.
-        trusted: Which proxies are believed.
+        trusted: The proxies whose X-Forwarded-For is believed.
         policy: What is kept.
     """
 

@@ -35,7 +35,7 @@ from flask_usage_metrics.runtime.forks import FORKS
 
 _LATEST = 253_402_300_799.0  # the last second of the year 9999, the last one that datetime has
 
-# Where in an observation's environ it is.
+# Positions in an observation's environ.
 _TEXTS = len(ENVIRON_KEYS)
 _CONTENT_LENGTH = ENVIRON_KEYS.index("CONTENT_LENGTH")
 _USER_AGENT = ENVIRON_KEYS.index("HTTP_USER_AGENT")
@@ -48,21 +48,20 @@ class Enricher:
 
     It owns the parts that it asks: their threads, keys and files live and end with it.
 
-    Many requests ask for the same, and a client asks for much: what is made of these texts is
-    remembered, which takes three quarters off the cost of a record.
+    Targets, callers and referrers repeat: what is made of their texts is remembered.
 
     Args:
         app: Name of the app.
-        key: What no other app on the same registry has.
+        key: Names the app among all on the same registry; the same in all its processes.
         country_lookup: Where countries are looked up.
-        trusted: Which proxies are believed.
-        visitors: Who tells visitors without a cookie apart, and keeps the keys for it.
-        identifies: Whether they are told apart; if not, only keys of past days are destroyed.
+        trusted: The proxies whose X-Forwarded-For is believed.
+        visitors: Tells visitors without a cookie apart; destroys the keys of past days.
+        identifies: Whether it is asked to tell them apart.
         policy: What is kept.
 
     Attributes:
-        headers: WSGI names of the headers that observations are to hold beside the usual texts.
-        origin: Of what this process captures.
+        headers: WSGI names of the headers that observations hold behind the usual texts.
+        origin: Origin of what this process captures.
         country_now: As `Callers.country_now`.
     """
 
@@ -126,7 +125,7 @@ class Enricher:
             started_at: Likewise.
 
         Raises:
-            Exception: The observation holds something nobody thought of.
+            Exception: The observation cannot be made a record of; the next one can.
         """
         texts = seen.environ
         extras = seen.extras
@@ -181,7 +180,7 @@ class Enricher:
             referrer = self._referrers[texts[_REFERRER]]
         length = texts[_CONTENT_LENGTH]
         queued = texts[_REQUEST_START]
-        # By position, in the order of the fields: keywords take twice as long.
+        # By position, in the order of the fields: see "Enrichment" in tests/benchmarks/README.md.
         return UsageRecord(
             record_id,
             started_at,
@@ -265,10 +264,8 @@ class Enricher:
 
 
 def _moments(started_ns: Sequence[int]) -> list[datetime]:
-    """Return moments in nanoseconds since the epoch as datetimes, cut to microseconds.
-
-    A converter in C takes less than half of what `datetime.fromtimestamp` does.
-    """
+    """Return moments in nanoseconds since the epoch as UTC datetimes, cut to microseconds."""
+    # By a converter in C: see "Enrichment" in tests/benchmarks/README.md.
     seconds = [moment // 1000 / 1e6 for moment in started_ns]
     if seconds and not 0 <= min(seconds) <= max(seconds) <= _LATEST:  # the clock is far off
         seconds = [min(max(moment, 0.0), _LATEST) for moment in seconds]

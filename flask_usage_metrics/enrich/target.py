@@ -13,7 +13,7 @@ from flask_usage_metrics.records.observation import ENVIRON_KEYS
 from flask_usage_metrics.runtime.caches import TwoGenerationCache
 
 TARGET = slice(ENVIRON_KEYS.index("CONTENT_LENGTH"))
-"""Where an observation's environ tells of the target."""
+"""The texts of an observation's environ that tell of the target."""
 
 TargetKey = tuple[tuple[str, ...], str | None, str | None, bytes | None]
 """The texts of `TARGET`, endpoint, rule, and the view's arguments as JSON."""
@@ -25,11 +25,11 @@ TargetFields = tuple[
 
 
 class Target(msgspec.Struct, frozen=True, gc=False):
-    """What was asked for, as it is kept: the same for all who ask for the same.
+    """The target of a request, as it is kept: the same for all who ask for the same.
 
     Attributes:
-        asked_host: The host as it came.
-        fields: Of the record.
+        asked_host: The host as it came, before it was cleaned and cut.
+        fields: Fields of the record.
         view_args: JSON values; None when no route matched.
         nested: The same as JSON, if they are not all plain values: a copy would share some.
     """

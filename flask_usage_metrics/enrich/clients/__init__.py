@@ -1,4 +1,4 @@
-"""What a client says about itself: browser, version, platform, kind, language."""
+"""Headers of a client -> browser, version, platform, kind, language."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CACHED = 4096
 
 
 class Client(msgspec.Struct, frozen=True):
-    """Who sent a request, by its User-Agent.
+    """A client by its User-Agent header.
 
     Attributes:
         browser: One of `browsers.BROWSERS`; None when unknown. Always None for a bot, as are
@@ -34,9 +34,9 @@ class Client(msgspec.Struct, frozen=True):
 
 
 def describe(user_agent: str | None) -> Client:
-    """Tell who sent a request.
+    """Return the client that a User-Agent header belongs to.
 
-    The first call for a person's browser may take 50 ms, when ua-parser loads its rules.
+    The first call for a person's browser may take some 50 ms, when ua-parser loads its rules.
 
     Args:
         user_agent: The User-Agent header; its first 512 characters are looked at. None or blank:

@@ -70,7 +70,7 @@ class CountryFile:
             self._faults.report("country", f"the MMDB file cannot be read ({reason})", kept)
             return
         # The old reader is not closed: whoever has it may be in the middle of a lookup. A cache, as
-        # MaxMind's own files name the country in eight languages, which takes 50 times as long.
+        # MaxMind's own files name the country in eight languages, which is slow to read.
         self._answers = TwoGenerationCache(
             partial(_look_up, reader), len, most=_CACHED, longest=_MAX_CACHED_ADDRESS
         )

@@ -1,1 +1,1 @@
-"""What is kept of a request."""
+"""Privacy: decides what is kept of a request, and replaces secrets."""

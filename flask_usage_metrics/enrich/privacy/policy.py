@@ -1,4 +1,4 @@
-"""What is kept of a request: addresses shortened, secrets replaced, names taken away."""
+"""Decides what is kept of a request: shortens addresses, replaces secrets, takes names away."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from flask_usage_metrics.enrich.privacy.secrets import REDACTED, SecretFinder
 Preset = Literal["full", "balanced", "strict"]
 
 PRESETS = ("full", "balanced", "strict")
-"""From what flask-track-usage kept to what identifies nobody."""
+"""From keeping what flask-track-usage kept to keeping nothing that identifies anybody."""
 
 REFUSALS = ("HTTP_SEC_GPC", "HTTP_DNT")
 """WSGI names of the headers by which a visitor asks not to be known, being ``"1"``: Global Privacy
 Control (W3C) and its predecessor, Tracking Preference Expression."""
 
 _KEPT_BITS = {4: 24, 6: 48}
-"""What `balanced` keeps of an address, by the version of IP."""
+"""Leading bits of an address that `balanced` keeps, by the version of IP."""
 
 Values = dict[str, Any]
 """JSON values by name."""
 
 
 class Policy:
-    """Cleans what is known of a request, before anybody else has it.
+    """Decides what is kept of a request, before anything else has it.
 
-    So it is with what it is sent to, counted by, shown in. Country and visitor are found first;
-    both need the whole address.
+    Everything downstream (storages, metrics, spans) sees only what it returns. Country and visitor
+    are found first; both need the whole address.
 
     Args:
-        preset: How much is kept.
-        redact: Parts of names whose values are secret, besides the usual ones.
+        preset: How much is kept, one of `PRESETS`.
+        redact: Parts of names whose values are secret, besides the usual ones; see `SecretFinder`.
         respects_refusals: Whether visitors who send one of `REFUSALS` are kept nameless.
-        pseudonyms: What user names become with ``"balanced"``.
+        pseudonyms: Makes what user names become with ``"balanced"``.
 
     Attributes:
         headers: WSGI names of the headers of which a visitor who refuses to be known sends one

@@ -1,4 +1,4 @@
-"""User names -> pseudonyms: the same for the same name, and no way back without the key."""
+"""User name -> pseudonym: the same for the same name, and no way back without the key."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _CACHED = 4096
 
 
 class Pseudonyms:
-    """Names made of other names by a keyed hash, BLAKE2b (RFC 7693).
+    """Makes pseudonyms of user names by a keyed hash, BLAKE2b (RFC 7693).
 
     Args:
-        keys: Returns the keys there are: the first makes pseudonyms, the others made older ones.
-            Asked again while there is none.
+        keys: Returns the keys there are: the first makes pseudonyms, the others made those of older
+            records. Called again while it returns none.
     """
 
     def __init__(self, keys: Callable[[], Sequence[bytes]]) -> None:

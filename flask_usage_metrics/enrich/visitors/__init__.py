@@ -1,1 +1,1 @@
-"""Who came again, without and with a cookie, and how many there were."""
+"""Visitors: told apart for a day without a cookie, and counted."""

@@ -1,4 +1,4 @@
-"""Tells visitors apart for one day, without a cookie, and so that nobody can trace them later."""
+"""Identifies visitors for one day, without a cookie, so that nobody can trace them later."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class VisitorIds:
     """Makes identifiers of visitors with a random key for each UTC day, which then is destroyed.
 
     All processes of the app on this machine share the key through a file. Until the day is over
-    an identifier is pseudonymous, because who has the key can try all addresses; after that it is
-    a random number, to the owner too.
+    an identifier is pseudonymous, because whoever has the key can try all addresses; after that
+    nobody can tell it from a random number, not even the owner.
 
     Args:
         state: Where the app's processes keep what they share; None: nowhere.
-        app: What no other app in the same place has.
+        app: Names the app among all that share the place.
         faults: Where it is reported that keys cannot be shared, or not destroyed.
         clock: Seconds since the epoch; for tests.
     """
@@ -62,7 +62,7 @@ class VisitorIds:
     def identify(
         self, moment: float, address: str | None, user_agent: str, host: str
     ) -> str | None:
-        """Return who made a request; it waits a second at most, and at the first of a day only.
+        """Return the identifier of a visitor; blocks a second at most, at the first one of a day.
 
         Args:
             moment: When the request started, in seconds since the epoch.
@@ -85,7 +85,7 @@ class VisitorIds:
         return None if key is None else key(address, user_agent[:_MAX_USER_AGENT], host[:_MAX_HOST])
 
     def maintain(self) -> None:
-        """Destroy what is due, here and on disk, whoever left it; it never raises."""
+        """Destroy the keys of past days, here and on disk, whoever left them; it never raises."""
         self._maintain(self._clock())
 
     def due_in(self) -> float | None:

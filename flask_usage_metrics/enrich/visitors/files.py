@@ -1,4 +1,4 @@
-"""Where an app keeps what it knows of a day's visitors: a file for the key, one for the tally."""
+"""The files of an app about a day's visitors: one for the key, one for the tally."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NAME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})\.(?:key|sqlite3(?:-wal|-shm|-j
 
 
 class VisitorFiles:
-    """The folder of one app, in whichever of the places it is: the preferred one may be a new one.
+    """Paths of one app's files, in every place where there may be some.
 
     Days are counted since the epoch, in UTC.
 
     Args:
         state: Where the app's processes keep what they share; None: nowhere.
-        app: What no other app in the same place has.
+        app: Names the app among all that share the place.
     """
 
     def __init__(self, state: StateDir | None, app: str) -> None:
@@ -53,9 +53,10 @@ class VisitorFiles:
         return self._made() / f"{_text(day)}.sqlite3"
 
     def all(self) -> Iterator[tuple[int, Path]]:
-        """Yield day and path of every file; others of other names are none of our business.
+        """Yield day and path of every file, of other apps in the same places too.
 
-        Also of what the app was before its storages were changed: nobody else will look after it.
+        An app gets another name when its storages change, and nobody else looks after what it left
+        under the old one. Files with names of another form are not ours.
         """
         for folder in self._folders("visitors-*"):
             with suppress(OSError):
