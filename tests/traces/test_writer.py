@@ -77,7 +77,7 @@ def test_a_hanging_collector_does_not_hold_up_a_flush_of_others_spans(
     visit(site, 1, "/item/1")
     assert site.usage.flush()
     collector.hang_seconds = 5
-    trace.get_tracer("child").start_span("background").finish()
+    trace.get_tracer("child").start_span("background").end()
     started = time.monotonic()
     assert site.usage.flush()
     assert time.monotonic() - started < 3
