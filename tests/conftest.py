@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.front_door import Site, sites
 
-pytest_plugins = ["helpers.selection", "helpers.watch"]
+pytest_plugins = ["helpers.process", "helpers.selection", "helpers.watch"]
 
 
 @pytest.fixture

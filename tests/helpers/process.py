@@ -1,7 +1,8 @@
 """Programs that tests run beside themselves: bounded in time, and ended by their own id.
 
-`run` and `run_python` wait for the end; `start` and `start_python` do not. What a program writes is
-in the message of a failure.
+`run` and `run_python` wait for the end; `Process` and `start_python` do not. What a program writes
+is in the message of a failure. As a plugin of pytest, loaded by conftest.py, it ends what a test
+that fails leaves running.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ import pytest
 TESTS = Path(__file__).parents[1]
 SECONDS = 60.0
 """How long a program may take, on a busy machine too."""
+
+_started: weakref.WeakSet[Process] = weakref.WeakSet()
 
 
 class Done(NamedTuple):
@@ -64,6 +68,7 @@ class Process(subprocess.Popen[str]):
             text=True,
             **{"stdin": pipe, "stdout": pipe, "stderr": pipe} | options,
         )
+        _started.add(self)
 
     def __exit__(self, *raised: Any) -> None:
         self.kill()
@@ -171,3 +176,15 @@ def need(found: object, name: str) -> None:
     """Skip the test at a desk if something was not found, and fail it in CI."""
     if not found:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    before = set(_started)
+    try:
+        return (yield)
+    except BaseException:
+        for process in set(_started) - before:
+            with process:  # which kills it
+                pass
+        raise
