@@ -16,7 +16,12 @@ from zlib import crc32
 import msgspec
 
 from flask_usage_metrics.records.observation import Observation, Origin
-from flask_usage_metrics.runtime.private_files import is_still, open_private, try_lock
+from flask_usage_metrics.runtime.private_files import (
+    is_still,
+    open_existing,
+    open_private,
+    try_lock,
+)
 from flask_usage_metrics.runtime.texts import encodable
 
 FILE_BYTES = 4 * 1024 * 1024
@@ -115,7 +120,7 @@ class JournalFile:
             None if its process lives, another has recovered it, or it is no journal of this app.
         """
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptor = open_existing(path)
         except OSError:
             return None
         with suppress(OSError, ValueError, RecursionError, struct.error, msgspec.DecodeError):

@@ -85,10 +85,8 @@ class WorkerThread:
         while True:
             self._wake.wait(self._flush_seconds)
             self._wake.clear()
-            try:
+            with self._faults.caught("pipeline", "records are processed later"):
                 work.process()
-            except Exception as error:  # noqa: BLE001 - the worker goes on whatever happens
-                self._faults.report("pipeline", error, "records are processed later")
             if work.has_work():
                 continue
             # Order matters: who submits leaves its observation first, and looks at this then.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from flask_usage_metrics.runtime.private_files import is_still, make_private, open_private, try_lock
+from flask_usage_metrics.runtime.private_files import (
+    is_still,
+    make_private,
+    open_existing,
+    open_private,
+    try_lock,
+)
 
 KEY_BYTES = 32
 
@@ -18,10 +23,9 @@ _LOCK_SECONDS = 1.0
 
 def find_key(paths: Iterable[Path]) -> bytes | None:
     """Return the key of `KEY_BYTES` bytes in the first of these files that holds one, or None."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     for path in paths:
         with suppress(OSError):
-            descriptor = os.open(path, flags)
+            descriptor = open_existing(path, os.O_RDONLY)
             try:
                 # No lock: it is written at once, and would be held by whoever hangs.
                 key = _read(descriptor)
@@ -72,8 +76,7 @@ def destroy_key(path: Path) -> None:
         OSError: It is still there.
     """
     with suppress(OSError):
-        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, flags)
+        descriptor = open_existing(path, os.O_WRONLY)
         try:
             # In place: a removed file's content stays on the disk.
             os.pwrite(descriptor, bytes(min(os.fstat(descriptor).st_size, 4096)), 0)
@@ -85,8 +88,5 @@ def destroy_key(path: Path) -> None:
 
 def _read(descriptor: int) -> bytes | None:
     """Return the key in an open file; None if it is missing, incomplete or destroyed."""
-    found = os.fstat(descriptor)
-    if found.st_uid != os.geteuid() or not stat.S_ISREG(found.st_mode):
-        return None
     content = os.pread(descriptor, KEY_BYTES + 1, 0)
     return content if len(content) == KEY_BYTES and any(content) else None

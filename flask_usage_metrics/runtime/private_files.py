@@ -69,14 +69,20 @@ def open_private(path: Path, *, exclusive: bool = False) -> int:
     Raises:
         OSError: It cannot be opened, or is another user's or no regular file.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags | (os.O_EXCL if exclusive else 0), 0o600)
-    try:
-        _check_file(os.fstat(descriptor))
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return _open(path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if exclusive else 0))
+
+
+def open_existing(path: Path, access: int = os.O_RDWR) -> int:
+    """Open a file of this user that exists, never through a link; no pipe in its place blocks.
+
+    Args:
+        path: The file.
+        access: ``os.O_RDWR``, ``os.O_RDONLY`` or ``os.O_WRONLY``.
+
+    Raises:
+        OSError: It cannot be opened, or is another user's or no regular file.
+    """
+    return _open(path, access | os.O_NONBLOCK)
 
 
 def check_private_file(path: Path) -> os.stat_result:
@@ -133,6 +139,16 @@ def is_still(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except OSError:
         return False
+
+
+def _open(path: Path, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        _check_file(os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _check_file(found: os.stat_result) -> None:

@@ -17,6 +17,7 @@ from flask_usage_metrics.runtime.private_files import (
     is_still,
     lock_shared,
     make_private,
+    open_existing,
     open_private,
     try_lock,
 )
@@ -135,7 +136,7 @@ def _held(folder: Path, starter_ends: bool = False) -> Iterator[bool]:
     """
     check_private(folder)
     lock = folder / LOCK
-    descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    descriptor = open_existing(lock)
     try:
         if not (try_lock(descriptor) and is_still(lock, descriptor)):
             yield False

@@ -9,16 +9,12 @@ from pathlib import Path
 
 import pytest
 from helpers.front_door import Site, samples
-from helpers.process import Process, run_python, start_python
-from helpers.watch import descriptors
+from helpers.process import run_python
 
 from flask_usage_metrics.runtime.private_files import (
     StateUnavailable,
-    check_private,
-    make_private,
-    open_private,
 )
-from flask_usage_metrics.runtime.processes import is_alive, process_key, server_key, started
+from flask_usage_metrics.runtime.processes import process_key, server_key
 from flask_usage_metrics.runtime.server_runs import ServerRun, dead_runs, remove_run
 from flask_usage_metrics.runtime.state_dir import StateDir, default_places
 
@@ -26,29 +22,9 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files
 STRANGER = 12345
 
 
-def ended() -> tuple[int, str]:
-    """Return the number of a process that ended, and when it had started."""
-    with Process("sleep", "60") as process:
-        since = started(process.pid)
-    return process.pid, since
-
-
-def release(home: Path, key: str, starter: str) -> Path:
-    """Make a run without members."""
-    run = ServerRun(home, key, os.getpid())
-    run.join()
-    run.release()
-    (run.folder / "lock").write_text(starter)
-    return run.folder
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     return StateDir([tmp_path / "place"], "shop").home()
-
-
-def dead(home: Path, own: Path | None = None) -> list[Path]:
-    return list(dead_runs([home], own or home / "none"))
 
 
 def mode(path: Path) -> int:
@@ -143,18 +119,8 @@ def test_a_planted_lock_is_not_followed(tmp_path: Path, home: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"):
         run.join()
     remove_run(run.folder)
-    assert dead(home) == []
+    assert list(dead_runs([home], home / "none")) == []
     assert target.read_text() == "precious"
-
-
-@as_root
-def test_a_strangers_file_is_not_opened(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("")
-    os.chown(path, STRANGER, STRANGER)
-    with pytest.raises(PermissionError):
-        open_private(path)
-    assert descriptors(tmp_path) == 0
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
@@ -202,95 +168,6 @@ def test_no_instance_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # ------------------------------------------------------------------------ runs
 
 
-def test_dead_generations_are_found_and_removed(home: Path) -> None:
-    pid, since = ended()
-    folder = release(home, "dead", f"{pid} {since}\n")
-    for name in ("totals.sqlite3", "totals.sqlite3-wal", "totals.sqlite3-shm"):
-        (folder / name).write_text("")
-    assert dead(home) == [folder]
-    remove_run(folder)
-    assert not folder.exists()
-    assert dead(home) == []
-
-
-def test_a_number_that_was_given_again_keeps_no_generation_alive(home: Path) -> None:
-    folder = release(home, "again", f"{os.getpid()} 1\n")
-    assert not is_alive(os.getpid(), "1")
-    assert dead(home) == [folder]
-
-
-@pytest.mark.parametrize("who", ["member", "starter"])
-def test_a_living_generation_is_not_removed(home: Path, who: str) -> None:
-    pid, since = ended()
-    if who == "starter":
-        pid, since = os.getppid(), started(os.getppid())
-    folder = release(home, "living", f"{pid} {since}\n")
-    script = (
-        "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_SH);"
-        "print('ready', flush=True); sys.stdin.read()"
-    )
-    with start_python(script, folder / "lock" if who == "member" else __file__) as member:
-        assert member.line() == "ready"
-        assert dead(home) == []
-        remove_run(folder)
-        assert (folder / "lock").exists()
-    if who == "member":
-        assert dead(home) == [folder]
-        remove_run(folder)
-        assert not folder.exists()
-
-
-def test_the_own_generation_is_never_dead(home: Path) -> None:
-    own = ServerRun(home, "own", os.getpid())
-    own.join()
-    assert dead(home) == []
-    own.release()
-    assert dead(home, own.folder) == []
-    own.join()
-    own.end()
-    assert not own.folder.exists()
-
-
-def test_a_generation_with_a_journal_is_kept(home: Path) -> None:
-    pid, since = ended()
-    folder = release(home, "left", f"{pid} {since}\n")
-    (folder / f"{'a' * 16}.journal").write_text("")
-    remove_run(folder)
-    assert dead(home) == [folder]
-
-
-def test_foreign_files_are_neither_read_nor_removed(home: Path) -> None:
-    pid, since = ended()
-    folder = release(home, "foreign", f"{pid} {since}\n")
-    foreign = [folder / "notes.txt", home / "notes.txt", home.parent / "notes.txt"]
-    strange = [home / "g-xyz", home / "other", folder / "sub"]
-    for directory in strange:
-        directory.mkdir(mode=0o700)
-        foreign.append(directory / "lock")
-    for path in foreign:
-        path.write_text("precious")
-        path.chmod(0o000)
-    assert dead(home) == [folder]
-    remove_run(folder)
-    for path in foreign:
-        path.chmod(0o600)
-        assert path.read_text() == "precious"
-    assert dead(home) == []
-
-
-def test_who_joins_while_it_is_removed_finds_a_new_one(home: Path) -> None:
-    first = ServerRun(home, "key", 1)
-    first.join()
-    inode = (first.folder / "lock").stat().st_ino
-    first.release()
-    shutil.rmtree(first.folder)
-    (home / "other").write_text("")  # so that the inode is not used again
-    first.join()
-    assert (first.folder / "lock").exists()
-    assert inode
-    first.release()
-
-
 def test_keys_and_apps_are_separate(tmp_path: Path, home: Path) -> None:
     assert ServerRun(home, "one", 1).folder != ServerRun(home, "two", 1).folder
     assert ServerRun(home, "one", 1).folder == ServerRun(home, "one", 2).folder
@@ -312,15 +189,3 @@ def test_keys_and_apps_are_separate(tmp_path: Path, home: Path) -> None:
     assert keys[0][0] == keys[1][0]  # children of one parent
     assert keys[0][0] != keys[2][0]  # but in a process group of its own
     assert len({key[1] for key in keys}) == 3
-
-
-def test_folders_are_checked_each_time(tmp_path: Path) -> None:
-    folder = make_private(tmp_path / "a")
-    check_private(folder)
-    folder.chmod(0o702)
-    with pytest.raises(StateUnavailable, match="other users"):
-        make_private(folder)
-    folder.chmod(0o755)  # others may look: the files in it are not for them
-    check_private(folder)
-    with pytest.raises(StateUnavailable):
-        check_private(tmp_path / "missing")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import struct
 import zlib
 from collections import deque
@@ -14,7 +13,12 @@ from pathlib import Path
 import msgspec
 
 from flask_usage_metrics.records.record import UsageRecord
-from flask_usage_metrics.runtime.private_files import is_still, open_private, try_lock
+from flask_usage_metrics.runtime.private_files import (
+    is_still,
+    open_existing,
+    open_private,
+    try_lock,
+)
 
 _MAGIC = b"fum-sp1\n"
 _PROGRESS = struct.Struct("<QI")  # offset of the oldest record not acked, and its checksum
@@ -71,12 +75,10 @@ class Segment:
             None if its process lives, another has recovered it, or it is no segment of this user.
         """
         try:
-            # Not blocking: it may be a pipe, which somebody put there.
-            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            segment = cls(path, os.open(path, flags), recovered=True)
+            segment = cls(path, open_existing(path), recovered=True)
         except OSError:
             return None
-        if segment.is_ours() and segment.lock():
+        if segment.has_header() and segment.lock():
             # Only now does nobody write there.
             segment.size = os.fstat(segment.descriptor).st_size
             return segment
@@ -156,11 +158,8 @@ class Segment:
         self._read = self.size
         return lost
 
-    def is_ours(self) -> bool:
-        """Tell whether a spool of this user made the file; without a header it did not."""
-        found = os.fstat(self.descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-            return False
+    def has_header(self) -> bool:
+        """Tell whether a spool made the file: it begins with a header."""
         return _read(self.descriptor, len(_MAGIC), 0) == _MAGIC
 
     def scan(self) -> bool:
