@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions.
+"""The exceptions of this package.
 
 UsageMetricsError
 ├── ConfigError (ValueError)      a setting or argument is wrong; raised at set-up only

@@ -9,7 +9,7 @@ from flask.cli import AppGroup
 from flask_usage_metrics.extension.tracking import Tracking, tracking_of
 from flask_usage_metrics.storage import Storage
 
-usage = AppGroup("usage", help="What flask_usage_metrics knows of this app's requests.")
+usage = AppGroup("usage", help="Usage records and metrics of this app: dashboards, tables, spans.")
 
 
 class Refused(click.ClickException):

@@ -116,12 +116,12 @@ def make_state_dir(app: Flask, settings: Settings) -> StateDir:
 
 
 class Visitors(NamedTuple):
-    """What tells visitors apart, by hash and by cookie, and what counts them.
+    """The parts that tell visitors apart, by hash and by cookie, and that count them.
 
     Attributes:
         ids: Hashes visitors; destroys the keys of past days, also of those when it was asked to
             hash and now is not.
-        identifies: Whether it is asked to.
+        identifies: Whether visitors are told apart by hash now.
     """
 
     ids: VisitorIds

@@ -90,7 +90,7 @@ class Pipeline:
         return self._wake_if_asleep if multiprocess and self._has_worker else None
 
     def _wake_if_asleep(self) -> None:
-        """Let the siblings know, within half a second, that a request is being answered."""
+        """Tell the other workers, within half a second, that a request is being answered."""
         if not self._worker.is_awake:
             self._wake()
 

@@ -296,7 +296,7 @@ class Processor:
         """Tell whether there is something to process, or a checkpoint to be reached."""
         if self._journal or self._unlocated or self._checkpoints:
             return True
-        # The siblings show how many requests are being answered here.
+        # The other workers show how many requests are being answered here.
         return self.is_shared and self._totals.in_progress() > 0
 
     def due_in(self) -> float | None:

@@ -8,14 +8,15 @@ from typing import Protocol
 from flask_usage_metrics.runtime.faults import Faults
 
 _HEARTBEAT_SECONDS = 2.0
-"""How often the worker looks after its siblings while no request comes."""
+"""How often the worker looks after the server's other workers while no request comes."""
 
 
 class Work(Protocol):
     """The work of the thread; all of it is called from there only, one call at a time.
 
     Attributes:
-        is_shared: Whether sibling processes rely on this one: then the thread does not end.
+        is_shared: Whether other processes of the server rely on this one: then the thread does not
+            end.
     """
 
     is_shared: bool
@@ -89,12 +90,12 @@ class WorkerThread:
                 work.process()
             if work.has_work():
                 continue
-            # Order matters: who submits leaves its observation first, and looks at this then.
+            # Order matters: a request first appends its observation, then reads this flag.
             self.is_awake = False
             if work.has_work():
                 self.is_awake = True
             elif work.is_shared:
-                # A sibling may die meanwhile, or somebody remove what the siblings share.
+                # Another worker may die meanwhile, or somebody remove the files they share.
                 if self._wake.wait(_HEARTBEAT_SECONDS):
                     self._wake.clear()
             elif not self._wake.wait(self._idle_for(work)):

@@ -18,12 +18,12 @@ from flask_usage_metrics.runtime.processes import process_key, server_key
 from flask_usage_metrics.runtime.server_runs import ServerRun, dead_runs, remove_run
 from flask_usage_metrics.runtime.state_dir import StateDir, digest
 
-_SIBLINGS_SECONDS = 0.5
-_DEAD_SECONDS = 60.0
+_GROUP_SECONDS = 0.5
+_DEAD_RUNS_SECONDS = 60.0
 
 
 class WorkerGroup:
-    """Membership of one app in one process in a `ServerRun`, from its first request on.
+    """One process among the workers of its server, for one app: a member of a `ServerRun`.
 
     Args:
         state: Where the app's processes keep what they share; None: nowhere.
@@ -52,7 +52,7 @@ class WorkerGroup:
 
     def _start_anew(self) -> None:
         self._server_run: ServerRun | None = None
-        self._siblings_due = self._dead_due = 0.0
+        self._group_due = self._dead_runs_due = 0.0
 
     def join(self, origin: Origin, *, multiprocess: bool) -> JournalFile | None:
         """Join the server run, share the totals with its workers, and make a journal file.
@@ -97,18 +97,19 @@ class WorkerGroup:
         return Spool(self._server_run.folder.parent / f"spool-{name}", self._spool_bytes)
 
     def leftovers(self) -> Iterator[JournalFile]:
-        """Yield the journals of dead siblings and of dead server runs, which are now ours.
+        """Yield journals of the server's dead workers and of dead server runs; they are ours now.
 
-        Looks for siblings each 0.5 s and for server runs each 60 s; yields nothing in between.
+        Looks for dead workers every 0.5 s, for dead server runs every 60 s, and yields nothing in
+        between.
         """
         if self._server_run is None or self._state is None:
             return
         now = monotonic()
-        if now >= self._siblings_due:
-            self._siblings_due = now + _SIBLINGS_SECONDS
+        if now >= self._group_due:
+            self._group_due = now + _GROUP_SECONDS
             yield from self._recover(self._server_run.folder)
-        if now >= self._dead_due:
-            self._dead_due = now + _DEAD_SECONDS
+        if now >= self._dead_runs_due:
+            self._dead_runs_due = now + _DEAD_RUNS_SECONDS
             for folder in list(dead_runs(self._state.homes(), self._server_run.folder)):
                 yield from self._recover(folder)
                 remove_run(folder)
@@ -127,7 +128,7 @@ class WorkerGroup:
             remove_run(file.folder)
 
     def reset_after_fork(self) -> None:
-        """Forget the parent's membership in a forked child; the parent keeps it."""
+        """Leave the parent's server run in a forked child; the parent stays a member."""
         if self._server_run is not None:
             self._server_run.release()
         self._start_anew()

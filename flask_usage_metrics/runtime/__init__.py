@@ -1,1 +1,1 @@
-"""What all else stands on: files of our own, processes, forks, failures, the interpreter."""
+"""The ground floor: private files, processes, forks, failures, caches, the interpreter lock."""

@@ -35,7 +35,7 @@ _OWN_FILE = re.compile(r"lock|totals\.sqlite3(-wal|-shm|-journal)?|[0-9a-f]{16}\
 
 
 class ServerRun:
-    """Membership of this process in one run of its server.
+    """One run of the server, which this process may be a member of.
 
     A member holds a shared ``flock``, which the kernel gives back however a process ends. A run is
     dead when it has no members and the process that would start more has ended.

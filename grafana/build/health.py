@@ -29,7 +29,7 @@ def row() -> Row:
         ).span(8),
         _yes_or_no(
             "Totals shared",
-            "No: a worker has siblings whose requests are missing in what it answers a scrape.",
+            "No: a scrape misses the requests that the server's other workers answered.",
             "min by (instance) (flask_usage_totals_shared{HERE})",
             "{{instance}}",
             "yes",

@@ -25,7 +25,7 @@ from flask_usage_metrics.pipeline.processing import Processor
 from flask_usage_metrics.metrics.totals import Totals
 from flask_usage_metrics.metrics.shared_totals import SharedTotals
 
-worker_group._SIBLINGS_SECONDS = 0.05
+worker_group._GROUP_SECONDS = 0.05
 folder = Path(sys.argv[1])
 app = Flask("shop")
 app.config["TRACK_USAGE_STATE_DIR"] = str(folder / "state")

@@ -915,7 +915,7 @@ def test_the_next_process_writes_what_one_could_not(tmp_path: Path, kill: bool) 
     """)
     assert (done.returncode, "Error" in done.stderr) == (-signal.SIGKILL if kill else 0, False)
     holder.close()
-    # A sibling that was there all the time, and had nothing to write.
+    # Another worker that was there all the time, and had nothing to write.
     storage = open_storage(f"sqlite:///{path}")
     bench = Bench(storage, tmp_path / "spool")
     bench.sink.start()

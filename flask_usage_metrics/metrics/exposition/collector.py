@@ -29,7 +29,7 @@ _Bucket = tuple[str, float] | tuple[str, float, Exemplar]
 
 
 class UsageCollector(Collector):
-    """Offers the totals of a registry's apps to client_python.
+    """Gives client_python the totals of the apps on one registry.
 
     Attributes:
         totals: The totals.

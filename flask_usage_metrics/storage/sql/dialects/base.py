@@ -41,7 +41,7 @@ Presence = Literal["present", "absent", "replaced"]
 
 
 class Fault(enum.Enum):
-    """What to do about an exception of the database."""
+    """The kind of a database exception, which decides what is done about it."""
 
     UNAVAILABLE = "it may go away by itself: try again later"
     SCHEMA = "a table or column is not as expected: look at the schema, then once more"
