@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from flask import Flask, Request
 
@@ -17,7 +17,12 @@ from flask_usage_metrics.runtime.forks import FORKS
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-    from flask_usage_metrics.capture.exchange import Exchange
+
+class Live(Protocol):
+    """An exchange that has not ended."""
+
+    def is_tracked(self) -> bool:
+        """Tell whether its request counts, as far as is known by now."""
 
 
 class Observer:
@@ -67,7 +72,7 @@ class Observer:
         self.context_reader = context_reader
         self.headers = headers
         self.faults = faults
-        self.live: set[Exchange] = set()
+        self.live: set[Live] = set()
         FORKS.register(self)
 
     def in_progress(self) -> int:

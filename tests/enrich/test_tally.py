@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from helpers.damage import break_it
 from helpers.visitors import (
     DAY,
     MIDNIGHT,
@@ -312,24 +313,6 @@ def test_nothing_is_kept_open(shop: Shop) -> None:
         tally.today()
         ids.close()
     assert descriptors(shop.folder) == 0
-
-
-def break_it(path: Path, how: str) -> None:
-    if how == "removed":
-        path.unlink()
-    elif how == "folder-removed":
-        shutil.rmtree(path.parent)
-    elif how == "emptied":
-        path.write_bytes(b"")
-    elif how == "garbage":
-        path.write_bytes(b"garbage" * 5000)
-    elif how == "half":
-        content = path.read_bytes()
-        path.write_bytes(content[: len(content) // 2])
-    elif how == "replaced":
-        other = path.with_name("other")
-        other.write_bytes(b"")
-        other.replace(path)
 
 
 @pytest.mark.parametrize(

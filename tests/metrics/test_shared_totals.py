@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import sqlite3
 import threading
 import time
@@ -14,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from helpers.damage import break_it
 from helpers.process import start_python
 from helpers.records import START, make_record
 from helpers.watch import descriptors
@@ -42,24 +42,6 @@ def add(file: SharedTotals, **counts: int) -> None:
 def look(file: SharedTotals) -> dict[str, float]:
     file.sync({}, {}, GAUGES)
     return {labels[1]: numbers[0] for (_, labels), numbers in file.merged.items()}
-
-
-def break_it(path: Path, how: str) -> None:
-    if how == "removed":
-        path.unlink()
-    elif how == "folder-removed":
-        shutil.rmtree(path.parent)
-    elif how == "emptied":
-        path.write_bytes(b"")
-    elif how == "garbage":
-        path.write_bytes(b"garbage" * 5000)
-    elif how == "half":
-        content = path.read_bytes()
-        path.write_bytes(content[: len(content) // 2])
-    elif how == "replaced":
-        other = path.with_name("other")
-        other.write_bytes(b"")
-        other.replace(path)
 
 
 def insist(files: list[SharedTotals], new: dict[SeriesKey, Numbers]) -> None:
