@@ -121,6 +121,7 @@ def test_the_console_is_a_collector_too(tmp_path: Path) -> None:
     assert len(spans) == 4
 
 
+@pytest.mark.alone
 def test_what_a_failing_collector_leaves_is_sent_by_the_next_process(
     tmp_path: Path, collector: Receiver
 ) -> None:
