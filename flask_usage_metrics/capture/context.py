@@ -1,6 +1,6 @@
 """Facts that need Flask's request context and that only some apps ask for.
 
-They are span, user, API client and visitor cookie.
+They are the span, the user, the API client and the visitor's cookie.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class ContextReader:
-    """The sources of these facts, of one app; for any thread.
+    """Reads the facts for all requests of one app; for any thread.
 
     Args:
         users: Names users and API clients.
@@ -46,16 +46,16 @@ class ContextReader:
         self.faults = faults
 
     def is_needed(self) -> bool:
-        """Tell whether the app asks for any of them; ask again if the app gets Flask-Login."""
+        """Tell whether the app asks for any of the facts; that changes if it gets Flask-Login."""
         return self.cookie is not None or self.tracing is not None or self.users.are_known
 
 
 class RequestContext:
-    """These facts of one request, found as its context comes and goes; never raises its own errors.
+    """The facts of one request, read while its context is alive; never raises errors of its own.
 
     Args:
         context_reader: Of the app.
-        environ: Of the request, nothing of which is routed yet.
+        environ: The WSGI environ of the request, which is not routed yet.
         started_ns: When the request started, in nanoseconds since the epoch.
 
     Attributes:
@@ -85,7 +85,7 @@ class RequestContext:
         return work(*arguments) if self._trace is None else self._trace.run(work, *arguments)
 
     def learn(self, routed: Request, environ: WSGIEnvironment) -> None:
-        """Find user and API client, once, and a span that was started meanwhile.
+        """Read user and API client, once, and join a span that was started meanwhile.
 
         Args:
             routed: The routed request, whose context is alive; tracked.
@@ -99,7 +99,7 @@ class RequestContext:
             rule = routed.url_rule
             self._trace.learn(environ, None if rule is None else rule.endpoint)
 
-    def greet(self, environ: WSGIEnvironment, headers: Headers) -> None:
+    def identify_visitor(self, environ: WSGIEnvironment, headers: Headers) -> None:
         """Recognise the visitor by the cookie; choose an identifier for one who has none.
 
         Args:
@@ -117,11 +117,11 @@ class RequestContext:
             self._reader.faults.report("cookie", error, "a visitor is not recognised")
 
     def headers(self, headers: Headers, environ: WSGIEnvironment) -> Headers:
-        """Return the headers of the response, plus the cookie if `greet` chose an identifier."""
+        """Return the response's headers, with a cookie if `identify_visitor` chose a new number."""
         if self._given is None:
             return headers
         return [*headers, VisitorCookie.header(self._given, environ)]
 
     def end_trace(self) -> Trace | None:
-        """Return the request's place in its trace, when it is over; None if not traced."""
+        """End the span; return the request's place in its trace, None if it is not traced."""
         return None if self._trace is None else self._trace.end()

@@ -34,7 +34,7 @@ _PROXY_FIX = "werkzeug.proxy_fix.orig"
 
 
 class Exchange:
-    """One request and its response; passed to the server as the body's iterable where need be.
+    """One request and its response; also the body's iterable, unless the server gets that itself.
 
     Hands one `Observation` to the observer if the request is tracked, and takes itself out of the
     observer's live set, when the first of these happens: all announced bytes were handed to the
@@ -42,8 +42,8 @@ class Exchange:
 
     Args:
         observer: Of the app.
-        environ: Of the request, nothing of which is routed yet.
-        start_response: The server's.
+        environ: The WSGI environ of the request, which is not routed yet.
+        start_response: The function of the server that takes status and headers (PEP 3333).
 
     Attributes:
         exception: Class name of the exception that no error handler answered; None: none.
@@ -85,7 +85,7 @@ class Exchange:
         self.exception: str | None = None
 
     def read_context(self, environ: WSGIEnvironment) -> RequestContext:
-        """Return the facts that only some apps ask for, to be found while the request runs."""
+        """Begin to read the facts that need Flask's request context; return where they are kept."""
         self._context = RequestContext(self._observer.context_reader, environ, self._started_ns)
         return self._context
 
@@ -117,7 +117,7 @@ class Exchange:
                 if isinstance(routed, Request):
                     self._request = routed
             if self._context is not None:
-                headers = self._inform(self._context, environ, headers)
+                headers = self._with_cookie(self._context, environ, headers)
         if exc_info is None:
             self._write = self._start_response(status, headers)
         else:
@@ -130,19 +130,19 @@ class Exchange:
         return self._write(data)
 
     def learn(self, routed: Request) -> None:
-        """Keep the routed request, and find what needs its context; call while that is alive."""
+        """Keep the routed request and read the facts of its context, which must be alive."""
         self._request = routed
         context, environ = self._context, self._environ
         if context is not None and environ is not None and self.is_tracked():
             context.learn(routed, environ)
 
-    def _inform(
+    def _with_cookie(
         self, context: RequestContext, environ: WSGIEnvironment, headers: Headers
     ) -> Headers:
-        """Find the facts that the app asks for; return the headers, with a cookie if need be."""
+        """Read the facts of the context; return the headers, with the visitor's cookie if new."""
         if self._request is not None and self.is_tracked():
             context.learn(self._request, environ)
-            context.greet(environ, headers)
+            context.identify_visitor(environ, headers)
         return context.headers(headers, environ)
 
     # ---------------------------------------------------------------- called by the server
@@ -236,7 +236,7 @@ class Exchange:
     # ---------------------------------------------------------------- the end, once
 
     def is_of(self, environ: WSGIEnvironment) -> bool:
-        """Tell whether this is the exchange of the environ itself, not of one it is copied from."""
+        """Tell whether this exchange has this very environ: a copy refers to the original's."""
         return self._environ is environ
 
     def is_tracked(self) -> bool:
@@ -249,7 +249,7 @@ class Exchange:
         return self._observer.scope.tracks(None if rule is None else rule.endpoint, environ)
 
     def fail(self, error: BaseException) -> None:
-        """End the exchange as a 500: the exception reaches the server, which answers so."""
+        """End the exchange with status 500, which the server answers to the exception."""
         self._status = "500"
         self._sent = 0
         self.exception = type(error).__name__

@@ -1,4 +1,4 @@
-"""Checkpoints: a journal entry may go once it is counted, and every sink has it safe or lost it."""
+"""Checkpoints: journals are truncated up to entries that are counted and durable in every sink."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flask_usage_metrics.records.observation import Observation, Origin
 
 
 class JournalReader(msgspec.Struct, eq=False):
-    """How far one journal is processed: that of this process, or of a dead one, recovered.
+    """The worker's position in one journal: of this process, or recovered from a dead one.
 
     Attributes:
         origin: The process that captured what is in it.
@@ -68,9 +68,9 @@ class Checkpoints:
 
     Args:
         journal: The journal of this process.
-        worker_group: Removes the journals of dead processes in the end.
+        worker_group: Removes the journal of a dead process once it is empty.
         origin: This process.
-        sinks: All that have to write, drop or reject a record.
+        sinks: An entry is truncated only once its record is durable in each (`Sink.durable`).
 
     Attributes:
         own: Reader of the journal of this process.
@@ -91,7 +91,7 @@ class Checkpoints:
         return bool(self._ahead)
 
     def recover(self, file: JournalFile, last_commit: int) -> Iterable[JournalEntry]:
-        """Yield what a dead process captured and did not see durable.
+        """Yield the entries of a dead process's journal; they were not durable when it died.
 
         Args:
             file: Its journal.
@@ -100,7 +100,8 @@ class Checkpoints:
         reader = JournalReader(file.origin, file, last_commit)
         self._recovered.append(reader)
         for sequence, commit, observation in file.entries():
-            if commit > last_commit:  # else a later commit of that number would seem to be its own
+            # Else the entry would seem counted once a later commit has that number.
+            if commit > last_commit:
                 file.mark([sequence], 0)
             yield JournalEntry(reader, sequence, observation, 0 < commit <= last_commit)
         # A journal in which nothing is left has to be removed as well.
@@ -109,7 +110,7 @@ class Checkpoints:
     def add_batch(
         self, reader: JournalReader, sequences: Sequence[int], waiting: Iterable[JournalEntry]
     ) -> None:
-        """Set a checkpoint behind entries that were counted and handed to the sinks.
+        """Set a checkpoint after entries that were counted and handed to the sinks.
 
         Args:
             reader: Of their journal.
@@ -150,7 +151,7 @@ class Checkpoints:
         return [sink.received() for sink in self._sinks]
 
     def release(self) -> None:
-        """Close recovered journals for others to recover; also right in a forked child."""
+        """Close recovered journals, so that others can recover them; also in a forked child."""
         for reader in self._recovered:
             if reader.file is not None:
                 reader.file.close(remove=False)

@@ -49,8 +49,7 @@ class Processor:
 
     Attributes:
         losses: Requests that never become records, until the next batch tells the sinks of them.
-        is_open: Whether this process has joined its group, since its first request or the last
-            `close`.
+        is_open: Whether this process is in its worker group: from `open` until `close` or a fork.
         is_shared: Whether the server has other processes for the same app.
     """
 
@@ -129,11 +128,11 @@ class Processor:
     # ------------------------------------------------------------------------ one at a time
 
     def process(self, grace: float = 0.0, *, timeout: float = -1.0) -> int | None:
-        """Process all observations taken so far, and those that dead processes left.
+        """Process all observations captured so far, and those that dead processes left.
 
         Args:
-            grace: Seconds to wait for the app's own country function. No HTTP service is waited
-                for: an observation whose country it is asked for is processed by a later call.
+            grace: Seconds to wait at most for the app's own country function. An observation whose
+                country an HTTP service is still asked for is left to a later call.
             timeout: Seconds to wait at most while another thread processes; -1: as long as it does.
 
         Returns:
@@ -192,7 +191,7 @@ class Processor:
                 self._process_batch(batch, entries[end:])
 
     def _process_batch(self, entries: Sequence[JournalEntry], rest: Sequence[JournalEntry]) -> None:
-        """Process entries of one reader, all of them counted before or none.
+        """Process entries of one reader: either all are in the totals already, or none is.
 
         Args:
             entries: At least one.
@@ -246,8 +245,8 @@ class Processor:
     ) -> None:
         """Mark entries in their journal with a new commit, then add the records to the totals.
 
-        The other way round, a process that is killed in between would have counted records that
-        its journal says are not counted.
+        The other way round, a kill in between would leave records in the totals that the journal
+        says are not counted: they would be counted twice.
         """
         commits: dict[CountedJournal, int] = {}
         if reader.file is not None and sequences:
@@ -264,7 +263,7 @@ class Processor:
         Args:
             entries: For each record the one it was made of.
             records: In the order of their requests' ends.
-            is_counted: Whether the process that died had them in the totals.
+            is_counted: Whether a process that died since had added them to the totals.
         """
         losses = self.losses.take()
         lost = losses[METRICS_SINK]
@@ -300,10 +299,10 @@ class Processor:
         return self.is_shared and self._totals.in_progress() > 0
 
     def due_in(self) -> float | None:
-        """Return in how many seconds `process` has something to do without requests, >= 0.
+        """Return in how many seconds `process` has work even if no request comes.
 
         Returns:
-            None: it has nothing to do then.
+            Seconds, >= 0; None: it has none until a request comes.
         """
         return self._enricher.due_in()
 
@@ -327,7 +326,7 @@ class Processor:
         return [*self._journal.waiting(), *(entry.observation for entry in entries)]
 
     def is_journaled(self) -> bool:
-        """Return whether what is captured survives a kill, as far as is known yet."""
+        """Tell whether what is captured survives a kill; True until `open`."""
         file = self._journal.file
         return not self.is_open or (file is not None and file.is_there())
 

@@ -1,4 +1,4 @@
-"""The queue of one sink: in memory, and in the spool once the storage is down or memory full."""
+"""The queue of one sink: in memory; in the spool while the storage is down or memory is full."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
 
 _SPOOL_PAUSE_SECONDS = 5.0
-"""A disk that failed is not tried again before."""
+"""Seconds before a disk that failed is tried again."""
 
 
 class SinkQueue:
-    """A queue of records; counts what becomes of each. For one caller at a time.
+    """A queue of records that counts what becomes of each; for one caller at a time.
 
-    The records on disk are the older ones. As long as there are none, no disk is touched; once
-    there are, all that is put follows them there: so the order is kept.
+    The records on disk are the oldest. While there are any, new ones are appended to them there,
+    which keeps the order; while there are none, no disk is touched.
 
     At any time ``queued + recovered = written + failed + dropped + pending``; the counters also
     have the records that were refused, and those dropped or failed before they came here.
@@ -32,10 +32,10 @@ class SinkQueue:
         faults: Where failures are reported.
 
     Attributes:
-        received: How many records were ever put.
+        received: How many records were put in this process.
         queued: How many of these were not refused.
         recovered: How many records of dead processes came by way of the spool.
-        in_flight: How many records, the oldest, are peeked at and neither acked nor nacked.
+        in_flight: How many of the oldest records were returned by `peek`, not yet acked or nacked.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class SinkQueue:
         self._memory: deque[tuple[int, UsageRecord]] = deque()
 
     def attach(self, spool: Spool | None) -> None:
-        """Set where records may wait on disk; before any does."""
+        """Set the spool; called before any record is put."""
         self._spool = spool
 
     def reset_after_fork(self) -> None:
@@ -83,20 +83,20 @@ class SinkQueue:
         return self.queued + self.recovered - self._acked + self._left_on_disk
 
     def acked(self) -> int:
-        """Return how many of those queued, the oldest, are acked.
+        """Return how many of the queued records are acked, counted from the first.
 
-        Less than that while there are recovered records, which are older.
+        Too low while recovered records wait: they are older, and acked before.
         """
         return self._acked - self.recovered
 
     def durable(self) -> int:
-        """Return how many of all that were ever put, the oldest ones, are acked or on disk."""
+        """Return how many of the records put, counted from the first, are acked or on disk."""
         return self._memory[0][0] if self._memory else self.received
 
     # ------------------------------------------------------------------------ the new end
 
     def put(self, records: Sequence[UsageRecord]) -> None:
-        """Take records. If memory is full these are dropped, if the spool is, the oldest are."""
+        """Append records. If memory is full the newest are dropped; if the spool is, the oldest."""
         self._memory.extend(zip(count(self.received), records))
         self.received += len(records)
         self.queued += len(records)
@@ -134,7 +134,7 @@ class SinkQueue:
             self._count_dropped(dropped - gone)
 
     def release(self) -> None:
-        """Leave what is on disk to whoever recovers it first, also this process; none in flight."""
+        """Close the spool, for any process to recover, also this one; none must be in flight."""
         if self._spool is not None:
             left = len(self._spool)
             self._spool.close()
@@ -144,7 +144,7 @@ class SinkQueue:
     # ------------------------------------------------------------------------ the old end
 
     def recover(self) -> None:
-        """Take what dead processes left on disk, as the oldest records; none in flight."""
+        """Take what other processes left on disk, as the oldest records; none must be in flight."""
         if self._spool is None:
             return
         damaged = self._spool.damaged
@@ -161,10 +161,10 @@ class SinkQueue:
         self.recovered += came - returned
 
     def peek(self, at_most: int) -> list[UsageRecord]:
-        """Return the oldest records, which are in flight now: each is to be acked or nacked.
+        """Return the oldest records; from now on they are in flight, until `ack` or `nack`.
 
         Returns:
-            At most as many as asked for, which may be fewer than wait; none if none waits.
+            Between 1 and `at_most` records, perhaps fewer than wait; none if none waits.
         """
         batch: list[UsageRecord] = []
         if self._spool:
@@ -201,7 +201,7 @@ class SinkQueue:
         self._counters.add(written=written, failed=failed)
 
     def nack(self) -> None:
-        """Have the records in flight wait again, but those the spool has dropped meanwhile."""
+        """Have the records in flight wait again, except those the spool has dropped meanwhile."""
         if self._gone:
             self._acked += self._gone
             self._count_dropped(self._gone)
