@@ -27,12 +27,12 @@ ClientFields = tuple[str | None, str | None, str | None, str | None, str | None,
 
 
 class Caller(msgspec.Struct, frozen=True, gc=False):
-    """The client behind a request, as it is kept: the same for all that it asks for.
+    """The client behind a request, as records keep it: the same for all its requests.
 
     Attributes:
-        address: The whole address, normalised; what is kept of it is `remote_addr`.
+        address: The whole address, normalised; None if not known. Records keep `remote_addr`.
         is_trusted: Whether a trusted proxy sent the request.
-        answer: The country, if it is the same for ever.
+        answer: The country, if it never changes for the address; else None.
         remote_addr: Field of the record.
         forwarded_for: Field of the record.
         client_fields: Fields of the record.
@@ -47,7 +47,7 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
 
 
 class Callers(TwoGenerationCache[CallerKey, Caller]):
-    """Callers by the texts that tell of them; one client asks for much.
+    """A cache of callers by their texts in the environ: one client sends many requests.
 
     Args:
         country_lookup: Where countries are looked up.

@@ -46,21 +46,21 @@ _REQUEST_START = ENVIRON_KEYS.index("HTTP_X_REQUEST_START")
 class Enricher:
     """Makes records of one app's observations; for one caller at a time.
 
-    It owns the parts that it asks: their threads, keys and files live and end with it.
+    It owns the country lookup and the visitors' ids: `close` ends their threads and keys.
 
     Targets, callers and referrers repeat: what is made of their texts is remembered.
 
     Args:
         app: Name of the app.
-        key: Names the app among all on the same registry; the same in all its processes.
+        key: Name of the app that no other on the same registry has; the same in all processes.
         country_lookup: Where countries are looked up.
         trusted: The proxies whose X-Forwarded-For is believed.
         visitors: Tells visitors without a cookie apart; destroys the keys of past days.
-        identifies: Whether it is asked to tell them apart.
+        identifies: Whether records get these ids; if False only old keys are destroyed.
         policy: What is kept.
 
     Attributes:
-        headers: WSGI names of the headers that observations hold behind the usual texts.
+        headers: WSGI names of the headers that observations hold after those of `ENVIRON_KEYS`.
         origin: Origin of what this process captures.
         country_now: As `Callers.country_now`.
     """
@@ -104,11 +104,11 @@ class Enricher:
     def stamps(
         self, seen: Sequence[Observation], numbers: Sequence[int]
     ) -> Iterator[tuple[str, datetime]]:
-        """Yield id and start of the record of each of some observations.
+        """Yield the id and the start time of the record of each observation.
 
         Args:
             seen: The observations.
-            numbers: For each the nonce of its origin plus its number there.
+            numbers: For each the nonce of its origin plus its sequence number in the journal.
         """
         started_ns = [one.started_ns for one in seen]
         return zip(record_ids(started_ns, numbers), _moments(started_ns), strict=True)
@@ -121,11 +121,11 @@ class Enricher:
         Args:
             seen: The observation.
             origin: Of the process that captured it, which may have been another one.
-            record_id: As `stamps` has it.
-            started_at: Likewise.
+            record_id: As `stamps` yields it.
+            started_at: As `stamps` yields it.
 
         Raises:
-            Exception: The observation cannot be made a record of; the next one can.
+            Exception: No record can be made of this observation; the next one is not affected.
         """
         texts = seen.environ
         extras = seen.extras
@@ -211,11 +211,11 @@ class Enricher:
         )
 
     def _headers(self, texts: tuple[str, ...], origin: Origin) -> tuple[str, ...]:
-        """Return the texts of `headers`."""
+        """Return the values of `headers` in an observation, in that order; ``""`` if absent."""
         headers = texts[_TEXTS:]
         if origin.headers == self.headers:
             return headers
-        # It was configured otherwise.
+        # That process had other settings.
         named: dict[str, str] = dict(zip(origin.headers, headers, strict=False))
         return tuple([named.get(name, "") for name in self.headers])
 
@@ -242,7 +242,7 @@ class Enricher:
         self._country_lookup.wait(timeout)
 
     def wait_local(self, timeout: float) -> None:
-        """Block until no country is being asked for, but of HTTP services.
+        """Block until no country function of the app is being asked; not for HTTP services.
 
         Args:
             timeout: Seconds, at most.

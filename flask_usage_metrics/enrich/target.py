@@ -25,7 +25,7 @@ TargetFields = tuple[
 
 
 class Target(msgspec.Struct, frozen=True, gc=False):
-    """The target of a request, as it is kept: the same for all who ask for the same.
+    """The target of a request, as records keep it: the same for all requests for it.
 
     Attributes:
         asked_host: The host as it came, before it was cleaned and cut.
@@ -41,7 +41,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
 
 
 class Targets(TwoGenerationCache[TargetKey, Target]):
-    """Targets by the texts that tell of them; many requests ask for the same.
+    """A cache of targets by their texts in the environ: many requests have the same.
 
     Args:
         policy: What is kept.

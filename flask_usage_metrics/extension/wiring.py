@@ -64,7 +64,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
 
     Args:
         app: The app, whose configuration is read.
-        given: Arguments of the `TrackUsage`.
+        given: Arguments and marks of the `TrackUsage`.
         storage: Where records go, as it was given; None: see the settings.
         owner: The `TrackUsage`.
 
@@ -108,14 +108,14 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         identifies=visitors.identifies,
         policy=policy,
     )
-    # What records are written to, the spans included.
+    # The sinks: storages, and traces if there are any.
     traces = make_traces(
         app, settings, given.tracer_provider, enricher, version=version, faults=faults
     )
     sinks = make_sinks(
         writers, traces, collector.totals, settings, idle_seconds=IDLE_SECONDS, faults=faults
     )
-    # From the request to all of these.
+    # From the request to the sinks.
     journal = Journal(settings.buffer_records)
     processor = Processor(
         journal=journal,
@@ -141,7 +141,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         inline=settings.inline,
         faults=faults,
     )
-    # In the request.
+    # In the request's thread.
     scope = Scope(
         app,
         include_only=settings.include_only,
@@ -193,10 +193,10 @@ def _add_route(app: Flask, path: str, view: Callable[[], Response]) -> None:
 
 
 def _start(pipeline: Pipeline) -> Callable[[bool, bool], Callable[[], None] | None]:
-    """Return what gets a process ready for its first request."""
+    """Return the function that the middleware calls before the first request of a process."""
 
     def start(multiprocess: bool, ends: bool) -> Callable[[], None] | None:
-        # So late, for exit handlers run in reverse order: ours has to come before that of a
+        # Not earlier: exit handlers run in reverse order, and ours has to run before that of a
         # tracer provider, which the app has made by now.
         _at_exit(pipeline)
         return pipeline.start(multiprocess, ends)
@@ -205,7 +205,7 @@ def _start(pipeline: Pipeline) -> Callable[[bool, bool], Callable[[], None] | No
 
 
 def _at_exit(pipeline: Pipeline) -> None:
-    # By way of a weak reference: a pipeline lives as long as its app, or as its worker has work.
+    # A weak reference: the handler must not keep the pipeline of an app that is gone.
     reference = weakref.ref(pipeline)
 
     def close() -> None:

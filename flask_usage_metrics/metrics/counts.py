@@ -34,7 +34,7 @@ from flask_usage_metrics.runtime.faults import Faults
 
 
 class Counts:
-    """The counters and histograms of this process, in one table a family.
+    """The counters and histograms of this process: a table for each family.
 
     Not thread-safe: `Totals` has a lock.
 
@@ -42,7 +42,8 @@ class Counts:
         shape: Labels, buckets and bound of the families.
 
     Attributes:
-        tables: By name of the family. Families of the same labels may share a table.
+        tables: The tables, by name of the family. A counter and the histogram share one if they
+            have the same labels.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -117,11 +118,11 @@ class Counts:
                 self._labels.count(self._exceptions, "exception", raised, (FOLDED, FOLDED))
 
     def update(self, sink_counters: Iterable[SinkCounters], faults: Iterable[Faults]) -> None:
-        """Bring the tables of results and faults up to what counters have come to.
+        """Add to the tables of results and faults what was counted since the last call.
 
         Args:
-            sink_counters: All there are; the same objects each time.
-            faults: Likewise.
+            sink_counters: Counters of all sinks; the same objects at each call.
+            faults: Faults of all apps; the same objects at each call.
         """
         counts: list[tuple[Table, LabelValues, int, int]] = [
             (self._results, (counters.sink, result), id(counters), getattr(counters, result))

@@ -1,4 +1,4 @@
-"""Label values are bounded here: unknown ones become _OTHER or ZZ, too many are folded."""
+"""Bounds label values: unknown ones become _OTHER or ZZ, too many are folded into __other__."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class LabelBounds:
     def find(self, key: Combination) -> RequestSeries:
         """Return the series of a combination that is not in `known`, and add it if possible.
 
-        A combination has the same series for ever, unless a full table folded something: that is
-        counted each time, and ends when another worker knows the series.
+        It is not added if a full table folded a label: each fold is counted, and there is none once
+        the series comes from another worker.
         """
         method, endpoint, status, country, client = key
         values = (
@@ -84,7 +84,7 @@ class LabelBounds:
         sizes = self._sizes.fit(values[1:2], (FOLDED,))
         found = (requests, durations, sizes, self._clients.find((client,)))
         is_exact = (requests.values, sizes.values) == (values, values[1:2])
-        # Clients choose methods, and apps numbers of status: there is no end of them.
+        # Clients choose methods, and apps status codes: `known` would fill up with unusual ones.
         is_usual = method in METHODS and status in _STATUSES
         if is_exact and is_usual and len(self.known) < self._max_known:
             self.known[key] = found

@@ -1,4 +1,4 @@
-"""The series of one family: their labels, what is new here, and the sums of all workers."""
+"""The series of one family: labels, numbers not shared yet, and the sums of all workers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Series:
     Attributes:
         values: Label values.
         index: Its number in the table, in the order of first sight.
-        sums: What is counted of it, but for what is new; None: nothing. Replaced rather than
-            changed: scrapes go on reading what they were given.
-        new: What was counted here and is not in the sums yet; None: nothing.
-        exemplars: The exemplars of what is new; None: there is none.
+        sums: Its numbers over all workers, without `new`; None: nothing was counted. The list is
+            replaced, never changed: a scrape may still read it.
+        new: Its numbers counted here that are not in `sums` yet; None: there are none.
+        exemplars: Packed exemplars of `new`, one a bucket, ``b""`` if it has none; None: none.
     """
 
     __slots__ = ("_table", "exemplars", "index", "new", "sums", "values")
@@ -40,13 +40,13 @@ class Series:
         self.exemplars: BucketExemplars | None = None
 
     def start(self) -> Numbers:
-        """Set the new numbers, of which there are none yet, to zero; return them to be added to."""
+        """Make `new`, which must be None, a list of zeros; return it to be added to."""
         self.new = [0] * self._table.width
         self._table.dirty.append(self)
         return self.new
 
     def keep(self, exemplar: bytes, bucket: int) -> None:
-        """Keep a packed exemplar of what is new, unless the one that is kept is newer."""
+        """Keep a packed exemplar of a bucket, unless the one kept is newer."""
         if exemplar and self.exemplars is None:
             self.exemplars = [b""] * (self._table.width - 1)
         if self.exemplars is not None:
@@ -58,12 +58,12 @@ class Table:
 
     Args:
         names: Names of the labels.
-        bound: How many series there may be before labels are folded.
+        bound: Number of series from which on labels are folded into ``__other__``.
         width: How many numbers a series has.
 
     Attributes:
         series: Every series that is known, here or from other workers, by its label values.
-        dirty: Those with something new.
+        dirty: The series whose `new` is not None.
     """
 
     def __init__(self, names: tuple[str, ...], bound: int, width: int) -> None:
@@ -73,7 +73,7 @@ class Table:
         self.dirty: list[Series] = []
         self._names = names
         self._zero: Numbers = [0] * width
-        # What scrapes are shown, by index.
+        # What scrapes read, by the index of the series.
         self._labels: list[LabelSet] = []
         self._shown: list[Numbers] = []
         self._caches: list[BlockCache] = []
@@ -82,7 +82,7 @@ class Table:
     # ------------------------------------------------------------------------ counting
 
     def find(self, values: LabelValues) -> Series:
-        """Return a series, made if it was not known."""
+        """Return the series of label values; it is made if it is not known."""
         series = self.series.get(values)
         if series is None:
             series = self.series[values] = Series(self, values, len(self._shown))
@@ -98,7 +98,7 @@ class Table:
         return self.find(values if is_known else folded)
 
     def is_full(self, spare: int = 0) -> bool:
-        """Tell whether there are as many series as there may be, and so many more."""
+        """Tell whether there are `bound` series, and `spare` more."""
         return len(self.series) >= self.bound + spare
 
     def new_numbers(self, values: LabelValues) -> Numbers:
@@ -109,14 +109,14 @@ class Table:
     # ------------------------------------------------------------------------ sharing
 
     def merge_local(self) -> None:
-        """Add what is new to the sums; for a process that is alone."""
+        """Add the new numbers to the sums; for a process that shares them with no other."""
         for series in self.dirty:
             self._show(series)
             series.sums = self._shown[series.index]
         self.clear_new()
 
     def resend(self) -> None:
-        """Mark the sums as new: there are other workers now, who know nothing of them."""
+        """Make the sums new again, to be sent to a shared file that does not have them yet."""
         self.merge_local()
         for series in self.series.values():
             if series.sums is not None:
@@ -126,13 +126,13 @@ class Table:
                 series.exemplars = None if exemplars is None else [*exemplars]
 
     def clear_new(self) -> None:
-        """Forget what was new: it is in the sums."""
+        """Forget the new numbers, which are in the sums by now."""
         for series in self.dirty:
             series.new = series.exemplars = None
         self.dirty.clear()
 
     def apply(self, values: LabelValues, sums: Numbers, exemplars: BucketExemplars | None) -> None:
-        """Set the sums of a series, and its exemplars if there is any."""
+        """Set the sums of a series over all workers, and its exemplars unless None."""
         series = self.find(values)
         series.sums = sums
         if exemplars is not None:
@@ -142,7 +142,7 @@ class Table:
     # ------------------------------------------------------------------------ reading
 
     def show_new(self) -> None:
-        """Show scrapes what is new, too."""
+        """Show scrapes the sums with the new numbers added."""
         for series in self.dirty:
             self._show(series)
 

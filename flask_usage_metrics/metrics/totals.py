@@ -87,7 +87,7 @@ class Totals:
     # ------------------------------------------------------------------------ set-up
 
     def join(self, app: str, storages: Iterable[str], state: StateDir) -> str:
-        """Add up the records of an app, too.
+        """Add up the records of one more app.
 
         Args:
             app: Its name.

@@ -38,8 +38,8 @@ class SharedDatabase:
             writes is lost when the parent closes its connection (seen with SQLite 3.40).
 
     Attributes:
-        openings: How often a connection was opened. If it is not what it was at the last
-            transaction, the file may be another one, and empty.
+        openings: How often a connection was opened. If it grew since the last transaction, the
+            file may be a new one, and empty.
     """
 
     def __init__(self, path: Path | None, schema: Sequence[str], *, stays_open: bool) -> None:
@@ -48,7 +48,7 @@ class SharedDatabase:
         self._schema = schema
         self._stays_open = stays_open
         self._connection: sqlite3.Connection | None = None
-        self._let_go: finalize[..., Any] | None = None
+        self._finalizer: finalize[..., Any] | None = None
         self._file: os.stat_result | None = None
         self._process = 0
         self._has_schema = False
@@ -133,9 +133,10 @@ class SharedDatabase:
         )
         self._process = os.getpid()
         self._connection = connection
-        # Also for one that is never closed. Until then the connection is not collected.
-        self._let_go = finalize(self, _close_own, connection, self._process)
-        self._let_go.atexit = False
+        # Closes the connection of an object that is collected without `close`, and keeps it until
+        # then.
+        self._finalizer = finalize(self, _close_own, connection, self._process)
+        self._finalizer.atexit = False
         self._has_schema = False
         self.openings += 1
         if self._stays_open:
@@ -144,9 +145,9 @@ class SharedDatabase:
         connection.execute("PRAGMA synchronous=OFF")
 
     def _close(self) -> None:
-        if self._let_go is not None:
-            self._let_go()
-        self._connection = self._let_go = None
+        if self._finalizer is not None:
+            self._finalizer()
+        self._connection = self._finalizer = None
 
     def _delete(self) -> None:
         if self._path is not None:

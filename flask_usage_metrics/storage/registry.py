@@ -1,9 +1,10 @@
 """Storages by the scheme of a URL: ours, and those that installed distributions register.
 
 A distribution registers a storage with an entry point of the group `GROUP`: its name is the scheme
-in lower case, its object a callable that is given the whole URL (str) and returns a `Writer`; a
-subclass of `Writer` whose only argument is the URL is one. It opens, makes and connects to nothing
-yet, and raises `ConfigError`, without repeating the URL, if that is wrong or a driver is missing::
+in lower case, its object a callable that takes the whole URL (str) and returns a `Writer`, such as
+a subclass of `Writer` whose only argument is the URL. The call neither opens, makes nor connects to
+anything. If the URL is wrong or a driver is missing it raises `ConfigError`, whose message does not
+repeat the URL::
 
     [project.entry-points."flask_usage_metrics.storages"]
     redis = "my_package.storage:open_redis"
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 Maker = Callable[[str], Writer]
-"""Makes a storage of a URL; nothing is opened, made or connected to yet."""
+"""Makes a storage from a URL; nothing is opened, made or connected to yet."""
 
 GROUP = "flask_usage_metrics.storages"
 """The group of the entry points."""
@@ -60,11 +61,11 @@ def open_storage(url: str) -> Writer:
 
 
 def as_writer(given: Any, where: str) -> Writer:
-    """Return the storage that was meant.
+    """Return the storage that a URL, a storage or a callable stands for.
 
     Args:
         given: A URL, a storage, or a callable that takes one dict.
-        where: The setting or argument it was given as, such as ``"storage"``; for messages.
+        where: Name of the setting or argument for messages, such as ``"storage"``.
 
     Raises:
         ConfigError: It is none of these.
@@ -87,8 +88,8 @@ def as_writer(given: Any, where: str) -> Writer:
 
 
 # -- ours ---------------------------------------------------------------------------------------
-# Each imports its module when it is called: SQLAlchemy takes 0.2 s, which whoever stores elsewhere
-# need not wait for.
+# Each imports its module when it is called: an app without a SQL storage does not wait 0.2 s for
+# SQLAlchemy.
 
 
 def _open_print(url: str) -> Writer:
@@ -167,7 +168,7 @@ def _open_registered(url: str, scheme: str, where: str) -> Writer:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except Exception as error:  # noqa: BLE001 - it may raise anything
-        # Neither its text nor its traceback: they may hold the URL, and so a password.
+        # Without its text and traceback: they may hold the URL, and so a password.
         raise ConfigError(f"{name} raised {type(error).__name__}") from None
     if not isinstance(writer, Writer):
         raise ConfigError(f"{name} must return a Writer, not {type(writer).__name__}")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 
-# Private, and what the SDK's own processors and all instrumentations import: nothing else tells
-# older ones not to trace in turn what an exporter does.
+# Private, but the SDK's processors and all instrumentations import it: older instrumentations know
+# no other way to be told that an exporter's own requests are not to be traced.
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY
 
 from flask_usage_metrics.errors import ConfigError, StorageUnavailable
@@ -41,7 +41,7 @@ class TraceExport:
             OTEL_RESOURCE_ATTRIBUTES have one.
 
     Raises:
-        ConfigError: It has to be one of ours, and the exporter it needs is not installed, or
+        ConfigError: A provider of ours is needed, but its exporter is not installed, or
             OpenTelemetry's variables name one that we do not have.
     """
 
@@ -120,7 +120,7 @@ class TraceExport:
 
 
 class _OwnProvider:
-    """A provider of the SDK: we export spans of requests, its batch processor all others.
+    """A provider of ours: `export` sends spans of requests, the SDK's batch processor all others.
 
     Args:
         make_exporter: Makes the exporter of a process; called when there is something to export.
@@ -204,7 +204,7 @@ def _make_processor(
     )
 
     class Shared(SpanExporter):
-        """Hands the batches of other spans to the one exporter of this process."""
+        """Hands batches of other libraries' spans to the one exporter of this process."""
 
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
             return SpanExportResult.SUCCESS if send(spans) else SpanExportResult.FAILURE
@@ -213,7 +213,7 @@ def _make_processor(
             shut_down()
 
     class Processor(BatchSpanProcessor):
-        """Gives our spans to the thread that collects them, and batches all others."""
+        """Gives our spans to the thread that collects them, and all others to the SDK's batches."""
 
         def __init__(self) -> None:
             super().__init__(Shared())

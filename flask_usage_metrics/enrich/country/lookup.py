@@ -1,4 +1,4 @@
-"""The country of a client: asks each source in its turn."""
+"""The country of a client: each source is asked in turn, until one knows it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flask_usage_metrics.runtime.forks import FORKS
 
 
 class CountryLookup:
-    """Asks one source after the other; the first that knows a country wins.
+    """Asks the sources in order; the first that knows the country wins.
 
     `locate` is called by one thread at a time.
 
@@ -22,7 +22,7 @@ class CountryLookup:
         sources: In the order they are asked.
         headers: WSGI names of the headers that some of them read.
         answered: Notified by the sources that are asked in the background.
-        limits: Their clock.
+        limits: Limits of those sources, whose clock is used here.
         faults: Where it is reported that a source raised.
 
     Attributes:
@@ -80,7 +80,7 @@ class CountryLookup:
     def locate_now(
         self, address: str | None, headers: tuple[str, ...], trusted: bool
     ) -> str | None:
-        """Find a country without asking anybody: no service, no function; for any thread.
+        """Find a country without asking a service or function; None if unknown; for any thread.
 
         Args:
             address: As in `locate`.
@@ -99,7 +99,7 @@ class CountryLookup:
         return None
 
     def wait(self, timeout: float) -> None:
-        """Block until a blocking source answered since the last wait, or a question's time is over.
+        """Block until a blocking source has answered since the last wait, or the first gives up.
 
         Args:
             timeout: Seconds, at most. It returns at once when no question is under way.
@@ -112,7 +112,7 @@ class CountryLookup:
             self._seen = arrived
 
     def wait_local(self, timeout: float) -> None:
-        """Block until no question to a function of the app is under way; not for HTTP services.
+        """Block until no country function of the app is being asked; not for HTTP services.
 
         Args:
             timeout: Seconds, at most.

@@ -1,4 +1,4 @@
-"""Rollups: hourly and daily sums, made of the rows of a SQL table and kept when these are pruned.
+"""Rollups: hourly and daily sums of the rows of a SQL table, kept when the rows are pruned.
 
 An hour that is over is rolled up once: its rows are added up by endpoint, method, status, country
 and client. Later changes of its rows keep the sums right at the end of every transaction, even if a
@@ -40,8 +40,8 @@ CLOSING = timedelta(minutes=5)
 """Time between the end of an hour and its rollup; by then nearly all its rows are written."""
 
 _LATE = CLOSING - timedelta(minutes=1)
-"""Time between the end of an hour and when writing its rows makes it dirty. A minute shorter than
-`CLOSING`, for transactions that take long and clocks that differ."""
+"""Time after an hour's end from which on a row written into it makes it dirty: a minute shorter
+than `CLOSING`, for transactions that take long and clocks that differ."""
 
 _HOUR = timedelta(hours=1)
 _DAY = timedelta(days=1)
@@ -51,7 +51,7 @@ _MARKS_AT_ONCE = 500
 def mark_dirty(
     tables: RollupTables, connection: sa.Connection, moments: Sequence[datetime], now: datetime
 ) -> None:
-    """Mark the hours of rows written in this transaction as dirty, those that are over.
+    """Mark as dirty the hours that are over and that this transaction has written rows into.
 
     Args:
         tables: The sums.
@@ -64,7 +64,7 @@ def mark_dirty(
         return
     late = [moment for moment in moments if moment < over]
     marks = []
-    # Hour by hour, which are few: to truncate every moment is dear.
+    # Hour by hour: there are few hours, and truncating every moment is slow.
     while late:
         hour = truncate(min(late).astimezone(timezone.utc), "hour")
         marks.append({"what": DIRTY, "note": spelled(hour)})
@@ -75,7 +75,7 @@ def mark_dirty(
 def mark_dirty_where(
     tables: RollupTables, connection: sa.Connection, dialect: Dialect, rows: sa.ColumnElement[bool]
 ) -> None:
-    """Mark the hours of rows that this transaction is about to erase as dirty.
+    """Mark as dirty the hours of rows that this transaction is about to erase.
 
     Args:
         tables: The sums.
@@ -89,7 +89,7 @@ def mark_dirty_where(
 
 
 class Rollups:
-    """Changes of the sums, within one transaction.
+    """Changes the sums within one transaction.
 
     Args:
         tables: The sums.
@@ -132,7 +132,7 @@ class Rollups:
         if reached >= over:
             return False
         first = self._first(reached, over)
-        # Not before it: SQLite sorts texts, and somebody may have spelled a time otherwise.
+        # `max`: SQLite compares times as texts, and a row may hold one in another spelling.
         hour = None if first is None else max(truncate(first, "hour"), reached)
         if hour is not None:
             self._roll_up(hour)
@@ -159,13 +159,13 @@ class Rollups:
             .where(*self._query.conditions(Filter(until=before)))
             .order_by(moment)
             .limit(limit)
-            # Else a row might be erased before it is deleted here, and yet stay in the sums.
+            # Else another transaction could erase a row first, and it would stay in the sums.
             .with_for_update()
         ).all()
         if not found:
             return None
         hour = truncate(_parsed(found[0][1]), "hour")
-        # By their keys: a row written meanwhile must not be deleted, being in no sum.
+        # By key: a row that is written meanwhile is in no sum, so it must not be deleted.
         keys = [number for number, started in found if truncate(_parsed(started), "hour") == hour]
         doomed = self._dialect.any_of(key, keys)
         self._add_up(hour, doomed, frozen=True)
@@ -203,7 +203,7 @@ class Rollups:
         dirty = self._execute(sa.select(sa.func.min(marks.note)).where(marked)).scalar()
         if dirty is None:
             return False
-        # By their ids: a mark that is committed from now on must stay.
+        # By id: a mark that is committed from now on must stay.
         ids = self._execute(
             sa.select(marks.id)
             .where(marks.what == DIRTY, marks.note == dirty)
