@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"records: {file} (removed at the end)")
                 if find_spec("iptocc") is None:
                     print("Countries stay unknown: pip install 'flask-usage-metrics[country]'")
-                print("Ctrl-C ends it.", flush=True)
+                print("Rows follow their requests by half a second. Ctrl-C ends it.", flush=True)
                 return run(port, usage, options.requests, options.seed)
         except (UsageMetricsError, RuntimeError) as error:
             print(f"demo: {error}", file=sys.stderr)
