@@ -24,6 +24,7 @@ from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.extension import wiring
 from flask_usage_metrics.pipeline import processing, yielding
 from flask_usage_metrics.pipeline.delivery.sink import Sink
+from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.storage import Writer
 
 
@@ -251,6 +252,35 @@ def test_a_sink_counts_only_failures_of_what_it_accepts(
     # Of a request that not even an observation was made of nobody knows whether it is accepted.
     assert site.account("some") == counts(3, failed=2)
     assert (len(every.records), len(some.records)) == (6, 3)
+
+
+def test_a_sink_is_given_what_it_accepts_beside_failures_and_what_waits(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, every, some = make_site_with_two_sinks(make_site, monkeypatch, FLUSH_SECONDS=60)
+    enrich = Enricher.enrich
+
+    def enrich_if_known(
+        enricher: Enricher, observation: Observation, *arguments: Any
+    ) -> UsageRecord | None:
+        if "/poison" in observation.environ:
+            raise ValueError
+        if "/later" in observation.environ:
+            return None  # its country is being asked for
+        return enrich(enricher, observation, *arguments)
+
+    for path in ("/poison", "/some", "/later", "/other", "/some", "/other"):
+        visit(site, 1, path)
+    with monkeypatch.context() as asking:
+        asking.setattr(Enricher, "enrich", enrich_if_known)
+        site.scrape()
+    assert site.usage.flush()
+    assert site.account("every") == site.account("metrics") == counts(5, failed=1)
+    assert site.account("some") == counts(2)
+    assert [record.path for record in every.records] == [
+        "/some", "/other", "/some", "/other", "/later"
+    ]  # fmt: skip
+    assert [record.path for record in some.records] == ["/some"] * 2
 
 
 def test_a_request_whose_country_is_asked_for_is_pending_once(

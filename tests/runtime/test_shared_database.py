@@ -85,6 +85,17 @@ def test_another_file_in_its_place_is_noticed(path: Path, how: str) -> None:
     database.close()
 
 
+def test_a_file_that_another_process_made_anew_is_gone_over_to(path: Path) -> None:
+    database, newcomer = (SharedDatabase(path, SCHEMA, stays_open=True) for _ in range(2))
+    assert add(database, "a") == ["a"]
+    path.parent.rename(path.parent.with_name("aside"))
+    assert add(newcomer, "b") == ["b"]
+    assert add(database, "c") == ["b", "c"]
+    assert add(newcomer, "d") == ["b", "c", "d"]
+    database.close()
+    newcomer.close()
+
+
 @pytest.mark.parametrize("stays_open", [True, False])
 def test_a_damaged_file_is_replaced(path: Path, stays_open: bool) -> None:
     SharedDatabase(path, SCHEMA, stays_open=stays_open).close()
