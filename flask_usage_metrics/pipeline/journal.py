@@ -1,4 +1,4 @@
-"""The queue between the requests' threads and the worker, written ahead to a file of its own."""
+"""The queue between the requests' threads and the worker, written ahead to a journal file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.runtime.forks import FORKS
 
 NumberedObservation = tuple[int, Observation]
-"""A sequence number, counted from 1 in each process, and the observation that has it."""
+"""Sequence number of an observation, from 1 in each process, and the observation."""
 
 
 class Journal:
-    """Takes observations from any thread, and hands them out in batches, in their order.
+    """Takes observations from any thread, and hands them out in batches in the same order.
 
     Args:
         capacity: How many observations wait at most.
 
     Attributes:
-        file: Where observations are kept as well until they are durable elsewhere; None: nowhere.
+        file: Where observations are kept until they are durable elsewhere; None: in memory only.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -36,10 +36,10 @@ class Journal:
         self.file: JournalFile | None = None
 
     def append(self, observation: Observation) -> bool:
-        """Keep an observation; return False, and keep nothing, when there is no room.
+        """Append an observation; return False, and append nothing, when there is no room.
 
-        When this returns True the process may be killed: the observation is in the file, unless
-        there is none or it is full. It does not block on the disk: the file is mapped.
+        Once this returns True the observation survives a kill of the process: it is in the file,
+        unless there is no file or it is full. It does not block on the disk: the file is mapped.
         """
         file = self.file
         payload = None
@@ -62,30 +62,30 @@ class Journal:
         return True
 
     def take(self, at_most: int) -> list[NumberedObservation]:
-        """Return the oldest observations, which stay in the file only; for one caller at a time."""
+        """Remove and return the oldest observations, which stay in the file; for one caller."""
         waiting = self._waiting
         return list(islice(iter(waiting.popleft, None), min(at_most, len(waiting))))
 
     def waiting(self) -> list[Observation]:
-        """Return the observations that wait, oldest first; they stay. For any thread."""
-        # Of a copy, which is made at once: the worker may take some meanwhile.
+        """Return the observations that wait to be taken, oldest first; for any thread."""
+        # From a copy, made in one step: the worker may take some meanwhile.
         return [observation for _, observation in self._waiting.copy()]
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def is_filling(self) -> bool:
-        """Tell whether over a quarter of the room is taken: whoever takes from it must hurry."""
+        """Tell whether over a quarter of the capacity waits: the worker must hurry."""
         return len(self._waiting) > self._capacity // 4
 
     def truncate(self, sequence: int) -> None:
-        """Forget in the file what is durable elsewhere: everything up to this number."""
+        """Remove from the file all observations up to this number: they are durable elsewhere."""
         if self.file is not None:
             with self._lock:
                 self.file.truncate(sequence)
 
     def close(self) -> None:
-        """Close the file; it is removed unless there is something in it that is not durable."""
+        """Close the file; it is removed if it is empty, otherwise left to be recovered."""
         if self.file is not None:
             with self._lock:
                 file, self.file = self.file, None

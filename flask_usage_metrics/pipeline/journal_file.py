@@ -59,7 +59,7 @@ class JournalFile:
 
     Attributes:
         id: Unique name.
-        origin: The process that captured what is in it.
+        origin: The process that captured the observations in it.
     """
 
     def __init__(self, path: Path, descriptor: int, origin: Origin, size: int) -> None:

@@ -53,8 +53,8 @@ class Losses:
         """Count a request that no record can be made of.
 
         Args:
-            observation: None: there is not even an observation, so that nobody knows whether a
-                sink that does not take all would have taken it. It is not counted there.
+            observation: Of the request; None: there is none. Then the request is not counted for
+                sinks that take only some requests, as they cannot tell.
         """
         sinks = list(self._sinks_of(observation))
         with self._lock:
@@ -62,7 +62,7 @@ class Losses:
                 self._lost[sink].failed += 1
 
     def pending(self, sink: str) -> int:
-        """Return how many of a sink's losses are not taken yet."""
+        """Return how many losses of a sink `take` has not returned yet."""
         lost = self._lost[sink]
         return lost.dropped + lost.failed
 

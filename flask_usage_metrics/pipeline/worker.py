@@ -12,7 +12,7 @@ _HEARTBEAT_SECONDS = 2.0
 
 
 class Work(Protocol):
-    """The work of the thread; all of it is called from there only, one call at a time.
+    """The work of the thread, which calls these methods one at a time.
 
     Attributes:
         is_shared: Whether other processes of the server rely on this one: then the thread does not
@@ -22,13 +22,13 @@ class Work(Protocol):
     is_shared: bool
 
     def process(self) -> object:
-        """Do what there is to do; it may raise, and is called again after a while."""
+        """Do the work there is; it may raise, and is called again while `has_work`."""
 
     def has_work(self) -> bool:
-        """Tell whether there is more to do, though nobody wakes the thread."""
+        """Tell whether there is more to do at once, without being woken."""
 
     def due_in(self) -> float | None:
-        """Return in how many seconds there is something to do again, >= 0; None: not by itself."""
+        """Return in how many seconds there is work without being woken, >= 0; None: never."""
 
 
 class WorkerThread:
@@ -106,10 +106,10 @@ class WorkerThread:
                         self._thread = None
                         return
             else:
-                # Others will come with the one that woke us.
+                # More observations will come with the one that woke us: they make one batch.
                 self._wake.clear()
 
     def _idle_for(self, work: Work) -> float:
-        """Return how many seconds there is nothing to do, unless a request comes."""
+        """Return how many seconds to sleep unless a request comes."""
         due = work.due_in()
         return self._idle_seconds if due is None else max(due, 0.0) + 0.1

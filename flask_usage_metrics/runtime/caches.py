@@ -1,4 +1,4 @@
-"""Bounded caches: what strangers send cannot fill the memory.
+"""Bounded caches: values of client data cannot fill the memory.
 
 Two, as they differ in where values come from. `TwoGenerationCache` makes a value where it is asked
 for one, and a hit costs no more than a dict's. `ExpiringCache` is told values that were learnt
@@ -17,12 +17,12 @@ _NOTHING: Any = object()
 
 
 class TwoGenerationCache(dict[Key, Value]):
-    """Values that a function makes of a key: ``cache[key]`` calls it if the value is not known.
+    """Values computed from keys: ``cache[key]`` calls a function if the value is not known.
 
     New keys, and old ones that are asked for again, go into the younger of two generations. When
-    that holds half of all there may be, it becomes the older one, and the one before is forgotten:
-    so at least the latest half is known, and a hit moves nothing, unlike in `functools.lru_cache`,
-    which also would have to be told before each call that a key is short enough to be kept.
+    that holds half of `most` keys it becomes the older one, and the previous older one is
+    forgotten: so at least the latest half is known. Unlike `functools.lru_cache`, a hit moves
+    nothing, and keys that are too long to be kept need no check before each call.
 
     For any thread. Two that ask for the same new key at once may both make its value.
 
@@ -63,7 +63,7 @@ class TwoGenerationCache(dict[Key, Value]):
 
 
 class ExpiringCache(Generic[Key, Value]):
-    """Values that are told, each until a moment of its own; the least recently used go first.
+    """Values that callers `put`, each with an expiry of its own; the least recently used go first.
 
     For one caller at a time.
 

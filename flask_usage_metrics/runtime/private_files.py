@@ -73,7 +73,7 @@ def open_private(path: Path, *, exclusive: bool = False) -> int:
 
 
 def open_existing(path: Path, access: int = os.O_RDWR) -> int:
-    """Open a file of this user that exists, never through a link; no pipe in its place blocks.
+    """Open an existing file of this user, never through a link; a pipe in its place cannot block.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""Processes told apart: by id and start time, as the system uses ids again."""
+"""Processes identified by id and start time, because the system reuses ids."""
 
 from __future__ import annotations
 

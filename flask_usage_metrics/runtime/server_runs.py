@@ -27,8 +27,8 @@ from flask_usage_metrics.runtime.state_dir import digest
 LOCK = "lock"
 
 _STALE_SECONDS = 30 * 86_400.0
-"""Age at which a journal that nobody recovered is given up: its app is gone, or was configured
-otherwise since."""
+"""Age at which a journal that nobody recovered may be deleted: its app is gone, or its settings
+changed."""
 
 _RUN = re.compile(r"g-[0-9a-f]{16}")
 _OWN_FILE = re.compile(r"lock|totals\.sqlite3(-wal|-shm|-journal)?|[0-9a-f]{16}\.journal")
@@ -46,7 +46,7 @@ class ServerRun:
         starter: Id of the process that starts members: their parent, or the only member itself.
 
     Attributes:
-        folder: Where the members keep what they share; it exists once somebody joined.
+        folder: Where the members keep the files they share; it exists once one has joined.
     """
 
     def __init__(self, home: Path, key: str, starter: int) -> None:
@@ -128,7 +128,7 @@ def _is_wanted(journal: Path) -> bool:
 
 @contextmanager
 def _held(folder: Path, starter_ends: bool = False) -> Iterator[bool]:
-    """Keep others from joining a run meanwhile; yield whether it is dead.
+    """Keep processes from joining a run inside the block; yield whether it is dead.
 
     Raises:
         OSError: It is no run, or gone.

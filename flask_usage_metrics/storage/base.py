@@ -24,7 +24,7 @@ class Storage(Writer):
 
     A subclass implements `write`, `select`, `prune` and `delete`; everything else is derived from
     these, and may be overridden by something faster. A subclass written for flask-track-usage
-    overrides only `set_up`, `store` and `_get_usage`; of it only `get_usage` can be called.
+    overrides only `set_up`, `store` and `_get_usage`: `get_usage` is all that reads it.
 
     Attributes:
         bounds: Upper bounds of the buckets that quantiles are estimated from, seconds, ascending;
@@ -43,7 +43,7 @@ class Storage(Writer):
         bounds: Sequence[float],
         pseudonyms: Callable[[str], Sequence[str]] | None,
     ) -> None:
-        """Take what the settings of an app say of reading; called when the app is set up.
+        """Take the settings of an app that reading needs; called when the app is set up.
 
         Args:
             bounds: See the attribute.

@@ -12,7 +12,7 @@ from flask_usage_metrics.summarization import KNOWN, Summation, find_summation
 
 
 def as_hooks(given: object) -> tuple[Summation | Callable[..., Any], ...]:
-    """Return the hooks that were meant.
+    """Return hooks as functions and sums.
 
     Args:
         given: A sum, its name, a function that takes ``**data``, or a list of these; None: none.

@@ -79,7 +79,7 @@ class Writer:
     def write(self, batch: Sequence[UsageRecord]) -> None:
         """Keep a batch; called by one thread at a time, never by a request's; may block.
 
-        A record that is kept already, by its id, must stay as it is.
+        If a record with the same id is kept already, it must stay as it is.
 
         Args:
             batch: In the order of processing; may be empty.

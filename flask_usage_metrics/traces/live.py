@@ -1,4 +1,4 @@
-"""The span of a request while the request runs: joined if one is current, else started first."""
+"""The span of a request while it runs: a current span is joined, otherwise one is started."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class LiveSpans:
     """Sampled spans of requests that are over, kept until the worker ends them; for any thread.
 
     Args:
-        capacity: Spans that are kept at most. Beyond, the oldest is dropped, and its span is made
-            again from the record.
+        capacity: Spans that are kept at most. Beyond that the oldest is dropped; it is made again
+            from its record.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -95,7 +95,7 @@ class Tracing:
         """Join the span that is current, or start one.
 
         Args:
-            environ: Of the request, nothing of which is routed yet.
+            environ: The WSGI environ of the request, which is not routed yet.
             started_ns: When the request started, in nanoseconds since the epoch.
 
         Returns:
@@ -139,7 +139,7 @@ class Tracing:
         return RequestTrace(self, span, trace.set_span_in_context(span, around), caller)
 
     def reset_after_fork(self) -> None:
-        """Get a tracer anew when one is needed."""
+        """Have the next request of a forked child make a tracer."""
         self._tracer = None
 
 
@@ -181,7 +181,7 @@ class RequestTrace:
             otel_context.detach(token)
 
     def learn(self, environ: WSGIEnvironment, endpoint: str | None) -> None:
-        """Find the span that another instrumentation has started, and set our attributes on it.
+        """Join the span that another instrumentation has started, and set our attributes on it.
 
         Does nothing if the span is ours.
         """

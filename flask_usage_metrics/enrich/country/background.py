@@ -1,4 +1,4 @@
-"""Asks a source that may block, on a thread of its own: once an address, all of it bounded."""
+"""Asks a source that may block, in a thread of its own: once an address, within limits."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class BlockingSource(Protocol):
 
     @property
     def is_local(self) -> bool:
-        """Whether it is worth a few milliseconds of a scrape."""
+        """Whether a scrape may wait some milliseconds for it, as for a function of the app."""
 
     def accepts(self, address: str) -> bool:
         """Tell whether it may be asked for an address, now; never blocks."""
 
     def asking(self) -> AbstractContextManager[Callable[[str], Reply]]:
-        """Hand out what asks, for one thread."""
+        """Return a context manager that yields the function to ask with; for one thread."""
 
 
 class BackgroundLookup:
@@ -53,9 +53,9 @@ class BackgroundLookup:
     `locate` is called by one thread at a time; the asking thread shares the condition with it.
 
     Args:
-        source: Whom to ask.
+        source: The source to ask.
         answered: Notified when an answer arrived; its lock guards all that is shared.
-        limits: How many, how long.
+        limits: Most questions, answers and threads, and how long they take.
         faults: Where failures are reported.
     """
 
@@ -72,7 +72,7 @@ class BackgroundLookup:
         self.reset_after_fork(answered)
 
     def reset_after_fork(self, answered: Condition) -> None:
-        """Forget thread, questions and answers, which may be half-way in another's hands."""
+        """Forget thread, questions and answers; the parent's thread may leave them half done."""
         self._answered = answered
         self._replies: ExpiringCache[str, Reply] = ExpiringCache(
             lambda reply: len(reply.ip_info or b""),
@@ -86,7 +86,7 @@ class BackgroundLookup:
         self._left_behind: list[Thread] = []
 
     def locate(self, address: str | None, headers: tuple[str, ...], trusted: bool) -> Answer | None:
-        """Answer what is kept; else ask, once, and answer None until the deadline."""
+        """Return the kept answer; else ask once, and return None until the deadline."""
         if address is None:
             return UNKNOWN
         now = self._limits.clock()

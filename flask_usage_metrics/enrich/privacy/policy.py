@@ -37,15 +37,14 @@ class Policy:
     Args:
         preset: How much is kept, one of `PRESETS`.
         redact: Parts of names whose values are secret, besides the usual ones; see `SecretFinder`.
-        respects_refusals: Whether visitors who send one of `REFUSALS` are kept nameless.
-        pseudonyms: Makes what user names become with ``"balanced"``.
+        respects_refusals: Whether records of visitors who send one of `REFUSALS` are nameless.
+        pseudonyms: Makes the pseudonyms that replace user names with ``"balanced"``.
 
     Attributes:
-        headers: WSGI names of the headers of which a visitor who refuses to be known sends one
-            as ``"1"``.
+        headers: `REFUSALS` if they are respected, else empty.
         keeps_visitors: Whether records may tell visitors apart.
-        is_nameless: Whether everybody is kept nameless: without address, X-Forwarded-For, visitor,
-            user name and user agent. So are those who refuse to be known.
+        is_nameless: Whether all records are nameless: without address, X-Forwarded-For, visitor,
+            user name and user agent. Those of visitors who refuse are, too.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Policy:
             return rule or "", "", None if arguments is None else {}
         redactor = self._redactor
         values = redactor.values(arguments) if arguments else arguments
-        # Most requests have nothing of the kind, and need not be aligned with their rule.
+        # Most requests hold no secret argument: their path need not be aligned with its rule.
         if values is not arguments or (rule is not None and redactor.is_secret_rule(rule)):
             path = redactor.path(path, rule, arguments)
         else:

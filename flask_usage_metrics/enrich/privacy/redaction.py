@@ -53,7 +53,7 @@ class Redactor:
         return self._redacted_query(query)
 
     def values(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return JSON values without secrets, which are texts of their shape or have their name.
+        """Return JSON values without secrets: texts of secret shape, and values of secret name.
 
         Args:
             values: Left as they are. What is nested more than 32 deep counts as secret.

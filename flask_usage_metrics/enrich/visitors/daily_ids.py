@@ -18,7 +18,7 @@ from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.state_dir import StateDir
 
 GRACE_SECONDS = 600.0
-"""A day's key is kept for so long after it: requests of its last second are still on their way."""
+"""Seconds a key is kept after its day: the last requests of the day are processed later."""
 
 _RETRY_SECONDS = 60.0
 _CACHED = 8192
@@ -28,7 +28,7 @@ _Identify = Callable[[str, str, str], str | None]
 
 
 class VisitorIds:
-    """Makes identifiers of visitors with a random key for each UTC day, which then is destroyed.
+    """Makes identifiers of visitors with a random key for each UTC day, destroyed after the day.
 
     All processes of the app on this machine share the key through a file. Until the day is over
     an identifier is pseudonymous, because whoever has the key can try all addresses; after that
@@ -85,7 +85,7 @@ class VisitorIds:
         return None if key is None else key(address, user_agent[:_MAX_USER_AGENT], host[:_MAX_HOST])
 
     def maintain(self) -> None:
-        """Destroy the keys of past days, here and on disk, whoever left them; it never raises."""
+        """Destroy the keys of past days, here and on disk, of dead processes too; never raises."""
         self._maintain(self._clock())
 
     def due_in(self) -> float | None:

@@ -21,8 +21,8 @@ class Block:
     """Some lines of an exposition.
 
     Attributes:
-        text: Makes them.
-        cache: Where they are found once they were compressed; None: nowhere.
+        text: Returns them, encoded.
+        cache: Where they are kept compressed; None: nowhere.
         key: Their key in the cache.
     """
 

@@ -1,4 +1,4 @@
-"""A sink: a storage, the queue in front of it, and the thread that delivers from one to another."""
+"""A sink: a storage, the queue in front of it, and the thread that delivers from it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Sink:
 
     @property
     def recovered(self) -> int:
-        """How many records of dead processes are or were pending here."""
+        """How many records that other processes left were recovered here."""
         return self._queue.recovered
 
     def pending(self) -> int:
@@ -136,11 +136,11 @@ class Sink:
             self._queue.attach(spool)
 
     def put(self, records: Sequence[UsageRecord], *, dropped: int, failed: int) -> None:
-        """Take records; those there is no room for are dropped and counted.
+        """Append records to the queue; those without room are dropped and counted.
 
         Args:
             records: In the order to write them in.
-            dropped: Requests there was no room for before they came here.
+            dropped: Requests that the journal had no room for.
             failed: Requests that no record could be made of.
         """
         with self._changed:
@@ -249,7 +249,7 @@ class Sink:
             self._hurry.clear()
 
     def _wait(self) -> bool:
-        """Wait for records, of this process or a dead one; return False to end the thread."""
+        """Wait for records, of this process or recovered; return False to end the thread."""
         until = monotonic() + self._idle_seconds
         while True:
             self._recover()
@@ -273,7 +273,7 @@ class Sink:
                 self._queue.recover()
 
     def _maintain(self) -> None:
-        """Have the storage do a small piece of its upkeep, if it is time for some.
+        """Have the storage do a small piece of maintenance, if it is time for it.
 
         A storage that was closed is left alone until there are records again.
         """
@@ -284,7 +284,7 @@ class Sink:
             try:
                 seconds = self.storage.maintain(self._keep, datetime.now(timezone.utc))
             except StorageUnavailable:
-                pass  # as whoever writes will notice, and say
+                pass  # the next write notices and reports it
             except Exception as error:  # noqa: BLE001 - it is the storage's, and may be anybody's
                 self._report(error, "its upkeep waits")
         self._maintain_at = monotonic() + seconds

@@ -18,7 +18,7 @@ from flask_usage_metrics.records.record import UsageRecord
 _SEGMENTS = 16
 _SEGMENT_BYTES = 64 * 1024 * 1024
 _HELD_SEGMENTS = 64
-"""With more files than this none is recovered: each is an open descriptor."""
+"""No file is recovered while this many are open: each is a descriptor."""
 
 _NAME = re.compile(r"[0-9]{20}-[0-9a-f]{8}\.spool")
 
@@ -33,11 +33,11 @@ class Spool:
     Acks are written to the file; after a crash at worst a few records come twice.
 
     Args:
-        folder: Where the files are: of this queue alone, and of this user alone, which is not
-            checked here. It is made by the first `append`; nothing is touched before that or the
-            first `recover`.
-        max_bytes: Size of all files that this process made or recovered, at most; what is given to
-            one `append` comes on top for a moment.
+        folder: Where the files are; no other queue has files there, and only this user may write
+            there, which is not checked here. The first `append` makes it; before that and the first
+            `recover` the disk is not touched.
+        max_bytes: Most bytes of all files that this process made or recovered. During an `append`
+            its records come on top.
 
     Attributes:
         damaged: How many files were found so far that cannot be read in full.
@@ -46,7 +46,7 @@ class Spool:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
-        # A file is the least that can be dropped.
+        # Records are dropped a whole file at a time.
         self._segment_bytes = min(max_bytes // _SEGMENTS, _SEGMENT_BYTES)
         self._forget()
 
@@ -61,7 +61,7 @@ class Spool:
         return sum([segment.count for segment in self._segments])
 
     def close(self) -> None:
-        """Leave what waits to whoever recovers it next."""
+        """Close the files; the process that recovers them next has what waits in them."""
         for segment in (*self._segments, *self._stuck):
             segment.close()
         self._segments, self._stuck = [], []
@@ -81,11 +81,11 @@ class Spool:
         """Add the newest records; beyond the bound the oldest are dropped, a whole file at once.
 
         Returns:
-            How many were dropped, of those kept before or of the given ones; a record that cannot
-            be made JSON of, or exceeds the bound alone, is among them.
+            How many records were dropped, older ones and given ones together. A given record is
+            dropped if it cannot be encoded as JSON or is larger than the bound.
 
         Raises:
-            OSError: Of the given records none was kept, and none was dropped for them.
+            OSError: None of the given records was kept, and no older one was dropped.
         """
         # No two neighbouring files are both less than half full: there are twice as many at most.
         room = self._max_bytes - 2 * _SEGMENTS * HEADER_BYTES
@@ -95,7 +95,7 @@ class Spool:
                 frame = encode_frame(record)
                 if len(frame) <= room:
                     frames.append(frame)
-        # Records that would be dropped at once are not written; then nothing older stays either.
+        # Records that would be dropped at once are not written; then all older ones go, too.
         kept = 0
         for frame in reversed(frames):
             room -= len(frame)
@@ -179,7 +179,7 @@ class Spool:
         return records
 
     def ack(self, count: int) -> None:
-        """Remove the oldest records, of which there must be as many."""
+        """Remove the oldest records; there must be at least `count`."""
         while count:
             segment = self._segments[0]
             # They are read already, unless they were in memory when they were peeked at.
@@ -187,7 +187,7 @@ class Spool:
             acked = min(count, segment.count)
             segment.ack(acked)
             count -= acked
-            # Of records that are acked it does not matter that they cannot be read.
+            # An acked record need not be read again, so it does not count as lost.
             unneeded = min(count, lost)
             self._lost -= unneeded
             count -= unneeded
@@ -202,7 +202,7 @@ class Spool:
         return lost
 
     def take_lost(self) -> int:
-        """Return how many records could not be read since the last call; `len` had counted them."""
+        """Return how many records turned out unreadable since the last call; `len` counted them."""
         lost, self._lost = self._lost, 0
         return lost
 
@@ -219,10 +219,10 @@ class Spool:
     # ------------------------------------------------------------------------ what others left
 
     def recover(self) -> int:
-        """Take what dead processes left, in front of all own records.
+        """Take the files that other processes left, as older than all own records.
 
-        It takes as much as there is room for below the bound, but one file at least if there are
-        no records. Files that are no segments, or another user's, are not touched.
+        It takes as many files as the bound has room for, but at least one if there are no records.
+        Files that are no segments, or another user's, are not touched.
 
         Returns:
             How many records came.
