@@ -28,7 +28,7 @@ class Users:
             None if not known. None: Flask-Login is asked, if the app has it.
         consumer: Called likewise; returns the name of the API client, such as the owner of a key
             or a tenant. None: not asked for.
-        faults: Told when one of them raises.
+        faults: Where it is reported that one of them raised.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Users:
 
     @property
     def are_known(self) -> bool:
-        """Whether there is anybody to ask; changes when the app is given Flask-Login."""
+        """Whether there is a function or Flask-Login to ask; an app may get Flask-Login later."""
         return (
             self._username is not None
             or self._consumer is not None

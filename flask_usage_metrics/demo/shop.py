@@ -107,5 +107,5 @@ def make_api() -> Blueprint:
 
 
 def work(seconds: float) -> None:
-    """Take about so long, as a database would."""
+    """Sleep for a random time, of this many seconds on average, as a database might take."""
     time.sleep(random.expovariate(1 / seconds))

@@ -17,7 +17,7 @@ from flask_usage_metrics.records.observation import ENVIRON_KEYS
 from flask_usage_metrics.runtime.caches import TwoGenerationCache
 
 CALLER = slice(ENVIRON_KEYS.index("REMOTE_ADDR"), ENVIRON_KEYS.index("HTTP_REFERER"))
-"""The texts of an observation's environ that tell of the caller."""
+"""The texts of an observation's environ from which a caller is made."""
 
 CallerKey = tuple[tuple[str, ...], str | None]
 """The texts of `CALLER`, and the address of the peer where ProxyFix replaced it."""

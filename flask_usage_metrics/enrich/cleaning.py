@@ -65,7 +65,7 @@ def content_length(text: str) -> int | None:
 
 
 def queue_seconds(text: str, started_ns: int) -> float | None:
-    """Return how long a request waited, by what the proxy says of when it came.
+    """Return how long a request waited between the proxy and the app, by the proxy's header.
 
     Args:
         text: X-Request-Start: ``t=`` and seconds (nginx), milliseconds (Heroku) or microseconds

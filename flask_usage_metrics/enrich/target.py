@@ -13,7 +13,7 @@ from flask_usage_metrics.records.observation import ENVIRON_KEYS
 from flask_usage_metrics.runtime.caches import TwoGenerationCache
 
 TARGET = slice(ENVIRON_KEYS.index("CONTENT_LENGTH"))
-"""The texts of an observation's environ that tell of the target."""
+"""The texts of an observation's environ from which a target is made."""
 
 TargetKey = tuple[tuple[str, ...], str | None, str | None, bytes | None]
 """The texts of `TARGET`, endpoint, rule, and the view's arguments as JSON."""
@@ -89,5 +89,5 @@ def _characters(key: TargetKey) -> int:
 
 
 def _is_flat(values: dict[str, Any] | None) -> bool:
-    """Tell whether there is nothing that could be changed in a value of these."""
+    """Tell whether no value is a dict or list: a shallow copy then shares nothing."""
     return values is None or not any(isinstance(value, dict | list) for value in values.values())

@@ -61,7 +61,7 @@ def make_writers(given: Any, settings: Settings, app: Flask) -> list[Writer]:
 def configure_storages(
     writers: Sequence[Writer], settings: Settings, pseudonyms: Pseudonyms
 ) -> None:
-    """Tell the storages that can be read what this app's settings say of reading."""
+    """Configure the storages that can be read by the settings of this app."""
     for writer in writers:
         if isinstance(writer, Storage):
             writer.configure(bounds=settings.shape.buckets, pseudonyms=pseudonyms.all)
@@ -149,7 +149,7 @@ def make_visitors(
 
 
 def make_pseudonyms(app: Flask, totals: Totals, faults: Faults) -> Pseudonyms:
-    """Return what user names become where they are not kept."""
+    """Return the maker of the pseudonyms that replace user names."""
 
     def keys() -> list[bytes]:
         given = [app.secret_key, *(app.config.get("SECRET_KEY_FALLBACKS") or ())]

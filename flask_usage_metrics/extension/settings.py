@@ -23,7 +23,7 @@ from flask_usage_metrics.records.summary import BUCKETS
 PREFIX = "TRACK_USAGE_"
 
 _LEAST_SPOOL_BYTES = 1024 * 1024
-"""With less, a segment that is dropped would be most of what waits."""
+"""With less, one dropped file of a spool would be most of its records."""
 
 _MOST_DAYS = 36_525
 """A century: enough for everybody, and never before the year 1."""

@@ -1,4 +1,4 @@
-"""Service-level objectives: what share of the requests is to be answered well, and what well is."""
+"""Service-level objectives: the share of requests to be answered well, and the meaning of well."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Objective(msgspec.Struct, frozen=True):
 
 
 def parse_objectives(given: Mapping[str, Any]) -> tuple[Objective, ...]:
-    """Return what a mapping such as ``{"availability": 0.999, "latency": (0.99, 0.5)}`` declares.
+    """Return the objectives of a mapping, ``{"availability": 0.999, "latency": (0.99, 0.5)}``.
 
     Args:
         given: By name the share of good requests, or a pair of it and of seconds.
 
     Raises:
         TypeError: A value is neither a number nor a pair of numbers.
-        ValueError: A name, a share or a number of seconds cannot be meant.
+        ValueError: A name, a share or a number of seconds is out of range.
     """
     return tuple(_parse(name, value) for name, value in given.items())
 

@@ -41,7 +41,7 @@ _buckets = msgspec.json.Decoder(BucketExemplars).decode
 
 
 class Changes(NamedTuple):
-    """Series that changed since this worker's last sync, whoever changed them.
+    """The series that this or another worker changed since this worker's last sync.
 
     Attributes:
         sums: The sums of all workers.
@@ -62,7 +62,7 @@ class SharedTotals:
     two numbers. No sum falls. What others counted since the last sync of the first worker that
     notices may be missing: a few requests.
 
-    Of exemplars each bucket keeps the newest, whoever observed it.
+    Each bucket keeps the newest exemplar of all workers.
 
     Not thread-safe: `Totals` has a lock.
 
@@ -91,13 +91,13 @@ class SharedTotals:
         gauges: Gauges,
         exemplars: Mapping[SeriesKey, BucketExemplars] = {},
     ) -> Changes:
-        """Add what is new here, and read what others added.
+        """Add the numbers counted here, and read those that other workers added.
 
         Args:
-            new: What was counted since the last sync; taken exactly once, unless this raises.
+            new: Numbers counted here since the last sync; added once, or not at all if this raises.
             commits: For each journal id, the number of the last commit that is part of `new`.
             gauges: Of this process.
-            exemplars: What was observed since the last sync; kept where it is the newest.
+            exemplars: Those observed here since the last sync; kept where they are the newest.
 
         Returns:
             The changed series, those that changed here among them.
@@ -167,7 +167,7 @@ class SharedTotals:
         return None if row is None else int(row[0])
 
     def forget(self, journals: Iterable[str]) -> None:
-        """Forget journals that are gone, if that is possible now: it need not be."""
+        """Delete the commits of journals that are gone; best effort, never raises."""
         with (
             suppress(sqlite3.Error, OSError, StateUnavailable),
             self._database.transaction() as connection,

@@ -33,7 +33,7 @@ from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.state_dir import StateDir
 
 _PAUSE_SECONDS = 1.0
-"""How long the shared file is left alone after a sync failed."""
+"""Seconds after a failed sync before the shared file is tried again."""
 
 
 class CountedJournal(Protocol):
@@ -140,7 +140,7 @@ class Totals:
     # ------------------------------------------------------------------------ sharing
 
     def share(self, path: Path) -> None:
-        """Add what is counted here to the file that the workers share, from the next sync on."""
+        """Share the totals with other workers in a file, from the next sync on."""
         with self._lock:
             if self._file is None:
                 self._file = SharedTotals(path)
@@ -186,7 +186,7 @@ class Totals:
                 self._file.forget([journal.id])
 
     def close(self) -> None:
-        """Add what is left to the shared file and close it."""
+        """Add all unshared numbers to the shared file and close it."""
         with self._lock:
             if self._file is not None:
                 self._sync()

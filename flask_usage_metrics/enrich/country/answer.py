@@ -60,4 +60,4 @@ class CountrySource(Protocol):
     is_static: bool
 
     def locate(self, address: str | None, headers: tuple[str, ...], trusted: bool) -> Answer | None:
-        """Answer at once; see `CountryLookup.locate`. What it raises is a fault of the source."""
+        """Answer at once, as `CountryLookup.locate`; an exception is a fault of the source."""

@@ -33,7 +33,7 @@ class Function:
 
     @contextmanager
     def asking(self) -> Iterator[Callable[[str], Reply]]:
-        """Hand out what asks; it raises what the function raises."""
+        """Return a context manager that yields the function to ask with; errors pass through."""
         yield self._ask
 
     def _ask(self, address: str) -> Reply:

@@ -43,12 +43,12 @@ class Service:
         self._paused_until = float("-inf")
 
     def accepts(self, address: str) -> bool:
-        """Refuse addresses that nobody else knows, and all of them during a pause."""
+        """Refuse addresses that are not public, and all of them during a pause after failures."""
         return self._limits.clock() >= self._paused_until and is_global(address)
 
     @contextmanager
     def asking(self) -> Iterator[Callable[[str], Reply]]:
-        """Hand out what asks over one session, to be used by one thread."""
+        """Return a context manager that yields the function to ask with, over one HTTP session."""
         with _quiet_urllib3(), requests.Session() as session:
             # Not compressed: 64 KiB of gzip may be 64 MiB of JSON.
             session.headers.update({"Accept": "application/json", "Accept-Encoding": "identity"})

@@ -178,8 +178,9 @@ def _function(function: object, shared: Shared) -> CountrySource:
 
 
 Maker = Callable[[str, str, Shared], CountrySource | None]
-"""Called with a value of TRACK_USAGE_COUNTRY, with what follows the colon in it, and with what the
-sources share; returns None where there is no such source, raises ConfigError for a wrong value."""
+"""Makes a source from a value of TRACK_USAGE_COUNTRY, its part after the colon, and the objects that
+all sources share. Returns None if there is no such source; raises ConfigError if the value is
+wrong."""
 
 MAKERS: dict[str, Maker] = {
     "auto": _auto,

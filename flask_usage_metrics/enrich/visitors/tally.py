@@ -25,7 +25,7 @@ from flask_usage_metrics.runtime.state_dir import StateDir
 from flask_usage_metrics.runtime.texts import encodable
 
 _PAUSE_SECONDS = 1.0
-"""How long the file is left alone after it could not be used."""
+"""Seconds before a file that could not be used is tried again."""
 
 _BATCH = _RECENT = 4096
 _MAX_PENDING = 100_000
@@ -76,8 +76,8 @@ class VisitorTally:
         """Add visitors, each of whom counts once; never raises, may block for a second.
 
         Args:
-            moment_ids: When, in seconds since the epoch, and who; those of other days than today
-                are ignored.
+            moment_ids: Time of a request in seconds since the epoch, and id of its visitor; those
+                of other days than today are ignored.
         """
         with self._lock:
             start = self._turn() * DAY_SECONDS
@@ -150,7 +150,7 @@ class VisitorTally:
     # ------------------------------------------------------------------------ sharing
 
     def _sync(self) -> None:
-        """Add what is pending, and learn the number; if that fails, a later call tries again."""
+        """Add the pending ids and read the number; if that fails, a later call tries again."""
         if monotonic() < self._retry_at:
             return
         path = None
@@ -184,7 +184,7 @@ class VisitorTally:
         self._memory = None
 
     def _merge_into(self, database: SharedDatabase, memory: SharedDatabase | None) -> None:
-        """Add what is pending, and what is in memory, in one transaction.
+        """Add the pending ids, and those of the database in memory, in one transaction.
 
         Raises:
             sqlite3.Error: The file cannot be used now; nothing was added.

@@ -87,7 +87,7 @@ class Exposition:
         """Yield the registry as text, after processing what the apps have buffered.
 
         Args:
-            openmetrics: In the OpenMetrics format instead of Prometheus' text format.
+            openmetrics: Whether in the OpenMetrics format rather than Prometheus' text format.
             names: Only the samples of these names; empty: all.
         """
         families = self._collector.totals.families()

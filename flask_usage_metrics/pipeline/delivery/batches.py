@@ -1,4 +1,4 @@
-"""Delivers a batch to a storage: acks what is done with, splits what keeps failing."""
+"""Delivers batches to a storage: acks finished records, splits a batch that keeps failing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class BatchDelivery:
         """Deliver one batch; blocks as long as the storage does.
 
         Args:
-            last_attempt: Whether to split the batch if the storage fails and it is not known why.
+            last_attempt: Whether to split the batch if the storage raises an unknown exception.
 
         Returns:
             Whether there was nothing to deliver, or some of it is acked; otherwise the records

@@ -63,7 +63,7 @@ class SinkQueue:
         self._spool = spool
 
     def reset_after_fork(self) -> None:
-        """Forget what the parent process has."""
+        """Forget the parent's records: they stay the parent's."""
         self._start_anew()
         if self._spool is not None:
             self._spool.reset_after_fork()

@@ -60,7 +60,7 @@ class Segment:
 
     @classmethod
     def create(cls, path: Path) -> Segment:
-        """Make a file, which is to be locked next and given a header.
+        """Make an empty file; call `lock` and `write_header` next.
 
         Raises:
             OSError: It cannot be made, or exists.
@@ -69,7 +69,7 @@ class Segment:
 
     @classmethod
     def recover(cls, path: Path) -> Segment | None:
-        """Open and lock the file of a dead process, which is to be scanned next.
+        """Open and lock the file of a dead process; call `scan` next.
 
         Returns:
             None if its process lives, another has recovered it, or it is no segment of this user.
@@ -119,7 +119,7 @@ class Segment:
         self.count += len(frames)
 
     def rollback(self, size: int, count: int) -> None:
-        """Take back what was appended since the segment had this size and count."""
+        """Remove the frames appended since the segment had this size and count."""
         self.size, self.count = size, count
         # What cannot be cut off is written over by the next frame.
         with suppress(OSError):
@@ -191,10 +191,10 @@ def _progress(offset: int) -> bytes:
 
 
 def _frames(descriptor: int, offset: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Yield where each undamaged frame ends, and what is in it.
+    """Yield the end offset and the content of each undamaged frame.
 
-    A frame whose content is damaged is skipped. Behind one whose length is damaged nothing can be
-    found but by chance, against which there is the checksum.
+    A frame whose content is damaged is skipped. After one whose length is damaged the next frame is
+    not found; bytes that look like one by chance fail the checksum.
     """
     chunk = b""
     start = offset

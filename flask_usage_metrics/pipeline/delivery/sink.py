@@ -21,7 +21,7 @@ from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.storage import Writer
 
 RECOVER_SECONDS = 5.0
-"""How often the thread looks for what dead processes left on disk, while it lives."""
+"""Seconds between two looks for records that other processes left on disk."""
 
 MAINTAIN_SECONDS = 5.0
 """Age of the thread when it first maintains the storage: a process that is over soon leaves that to
@@ -179,7 +179,7 @@ class Sink:
         return True
 
     def flush(self, deadline: float) -> bool:
-        """Wait until what was put so far is acked, and the storage holds nothing back.
+        """Wait until all records put so far are acked and the storage has flushed its own buffers.
 
         Args:
             deadline: Moment of the monotonic clock to stop waiting at.
@@ -208,7 +208,7 @@ class Sink:
         return True
 
     def close(self) -> int:
-        """Leave what waits on disk, if there is a spool, and close the storage if nobody writes.
+        """Leave waiting records in the spool, if any, and close the storage unless it is writing.
 
         Any process of the app recovers what is left there, also this one if it goes on.
 
@@ -264,7 +264,7 @@ class Sink:
                     return False
 
     def _recover(self) -> None:
-        """Recover what dead processes left, unless that was tried a moment ago."""
+        """Recover records that other processes left, once every `RECOVER_SECONDS`."""
         if monotonic() < self._recover_at:
             return
         with self._writing, self._changed:
