@@ -178,8 +178,8 @@ def _function(function: object, shared: Shared) -> CountrySource:
 
 
 Maker = Callable[[str, str, Shared], CountrySource | None]
-"""Makes a source from a value of TRACK_USAGE_COUNTRY, its part after the colon, and the objects that
-all sources share. Returns None if there is no such source; raises ConfigError if the value is
+"""Makes a source from a value of TRACK_USAGE_COUNTRY, its part after the colon, and the objects
+that all sources share. Returns None if there is no such source; raises ConfigError if the value is
 wrong."""
 
 MAKERS: dict[str, Maker] = {
