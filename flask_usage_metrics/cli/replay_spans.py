@@ -55,8 +55,9 @@ def replay_spans(
 ) -> None:
     """Export stored records as OpenTelemetry spans, such as to fill a new tracing backend.
 
-    Each record becomes a span, sampled or not at the time, that says what the record does. Its ids
-    are those of the request, or made of the record's: doing it again gives the same spans.
+    Each record becomes a span with the record's values, whether or not the request was sampled. Its
+    ids are those of the request's span, or derived from the record's id: a second replay sends the
+    same spans.
 
     They go to a collector over OTLP/HTTP, as OpenTelemetry's variables say:
     OTEL_EXPORTER_OTLP_ENDPOINT (default: http://localhost:4318), OTEL_EXPORTER_OTLP_HEADERS,

@@ -85,7 +85,7 @@ class Worker:
         self._is_one_of_many = is_one_of_many
         TrackUsage(self._app, [], registry=self._registry)
         self._totals = collector_of(self._registry, shape, "").totals
-        self._get("/")  # joins the siblings
+        self._get("/")  # joins the other workers
 
         self._native = CollectorRegistry()
         labels = REQUEST_LABELS
@@ -160,10 +160,10 @@ def measure(quick: bool, label_sets: Sequence[int] = LABEL_SETS) -> list[Figure]
 
 def _figures(label_sets: int, workers: int, rounds: int) -> Iterator[Figure]:
     seconds: dict[tuple[str, str], list[float]] = {}
-    with _started(label_sets, workers) as (answering, *siblings):
+    with _started(label_sets, workers) as (answering, *others):
 
         def count(places: Sequence[int]) -> None:
-            for number, worker in enumerate((answering, *siblings)):
+            for number, worker in enumerate((answering, *others)):
                 worker("count", places[number::workers])
             answering("count_natively", places)
 
@@ -200,7 +200,7 @@ def _figures(label_sets: int, workers: int, rounds: int) -> Iterator[Figure]:
 
 @contextmanager
 def _started(label_sets: int, workers: int) -> Iterator[list[Callable[..., Any]]]:
-    """Start sibling processes; yield what calls a method of each."""
+    """Start worker processes of one server; yield what calls a method of each."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as state:
         ends = [context.Pipe() for _ in range(workers)]

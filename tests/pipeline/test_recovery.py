@@ -201,7 +201,7 @@ def test_what_two_left_is_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seam", [*SEAMS, "synced"])
-def test_a_sibling_counts_and_stores_what_a_killed_one_left_once(tmp_path: Path, seam: str) -> None:
+def test_another_worker_counts_and_stores_what_a_killed_one_left(tmp_path: Path, seam: str) -> None:
     # The second one recovers what the first one left, and dies of it at the same place.
     done = run_python(APP + SIBLINGS, tmp_path, seam, seam)
     assert done.returncode == 0, done.stderr

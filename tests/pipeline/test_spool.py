@@ -945,7 +945,7 @@ def test_a_batch_that_was_written_but_not_removed_comes_once(tmp_path: Path) -> 
     bench.sink.close()
 
 
-def test_what_a_sibling_leaves_is_taken_up_by_a_thread_that_idles(
+def test_what_another_worker_leaves_is_recovered_by_a_thread_that_idles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "RECOVER_SECONDS", 0.05)

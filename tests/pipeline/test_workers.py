@@ -82,7 +82,7 @@ def test_a_killed_worker_takes_nothing_away(tmp_path: Path) -> None:
     assert "lost" not in server.log()
 
 
-def test_siblings_without_requests_take_up_what_a_killed_one_left(tmp_path: Path) -> None:
+def test_workers_without_requests_recover_what_a_killed_one_left(tmp_path: Path) -> None:
     slow = {"FLASK_TRACK_USAGE_FLUSH_SECONDS": "3"}
     with Gunicorn(tmp_path, "-w", "2", **slow) as server:
         answered = [server.get() for _ in range(30)]
