@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from flask_usage_metrics.enrich.caller import CALLER, Callers, nameless
+from flask_usage_metrics.enrich.caller_fields import CALLER, Callers, nameless
 from flask_usage_metrics.enrich.cleaning import (
     MAX_INT,
     app_text,
@@ -24,7 +24,7 @@ from flask_usage_metrics.enrich.cleaning import (
 )
 from flask_usage_metrics.enrich.country import CountryLookup
 from flask_usage_metrics.enrich.privacy.policy import Policy
-from flask_usage_metrics.enrich.target import TARGET, Targets
+from flask_usage_metrics.enrich.target_fields import TARGET, Targets
 from flask_usage_metrics.enrich.trusted_proxies import TrustedProxies
 from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
 from flask_usage_metrics.records.ids import NUMBER_BITS, record_ids

@@ -15,7 +15,7 @@ from flask_usage_metrics.enrich import clients
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.enrich.privacy.pseudonyms import Pseudonyms
-from flask_usage_metrics.enrich.target import blueprint_of
+from flask_usage_metrics.enrich.target_fields import blueprint_of
 from flask_usage_metrics.enrich.visitors.daily_ids import VisitorIds
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 from flask_usage_metrics.errors import ConfigError

@@ -32,7 +32,7 @@ import pytest
 from helpers import databases
 from helpers.records import make_record
 
-from flask_usage_metrics.pipeline.delivery.batches import BATCH_RECORDS
+from flask_usage_metrics.pipeline.delivery.retries import BATCH_RECORDS
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.storage import open_storage
 from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, to_columns

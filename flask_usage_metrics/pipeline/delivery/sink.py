@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
@@ -11,8 +10,8 @@ from time import monotonic
 
 from flask_usage_metrics.errors import StorageUnavailable
 from flask_usage_metrics.metrics.sink_counters import SinkCounters
-from flask_usage_metrics.pipeline.delivery.batches import ATTEMPTS, BatchDelivery
 from flask_usage_metrics.pipeline.delivery.queue import SinkQueue
+from flask_usage_metrics.pipeline.delivery.retries import ATTEMPTS, Backoff, RetryingDelivery
 from flask_usage_metrics.pipeline.delivery.spool import Spool
 from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.records.record import UsageRecord
@@ -27,8 +26,9 @@ MAINTAIN_SECONDS = 5.0
 """Age of the thread when it first maintains the storage: a process that is over soon leaves that to
 others."""
 
-_FIRST_PAUSE_SECONDS = 0.05
-_LONGEST_PAUSE_SECONDS = 30.0
+_UNAVAILABLE_SECONDS = 30.0
+"""How long maintenance waits after a storage was unavailable, or raised."""
+
 _CLOSE_SECONDS = 1.0
 
 Accepts = Callable[[Observation], bool]
@@ -81,7 +81,7 @@ class Sink:
         self._changed = threading.Condition()
         # Held while the storage is touched, which may block for any time.
         self._writing = threading.Lock()
-        self._batches = BatchDelivery(
+        self._delivery = RetryingDelivery(
             self.storage, self._queue, self._changed, self.name, self._faults
         )
         self._hurry = threading.Event()
@@ -89,8 +89,6 @@ class Sink:
         self._recover_at = 0.0
         self._maintain_at = inf
         self._is_closed = False
-        # Not the module's own generator: an app that seeded it must not see it move.
-        self._random = random.Random()
 
     def reset_after_fork(self) -> None:
         """Forget what the parent process will write."""
@@ -108,7 +106,7 @@ class Sink:
     @property
     def up(self) -> bool:
         """Whether the last write went well; True before the first."""
-        return self._batches.up
+        return self._delivery.up
 
     @property
     def recovered(self) -> int:
@@ -236,16 +234,13 @@ class Sink:
     # ------------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        pause = 0.0
-        attempt = 0
+        backoff = Backoff()
         self._maintain_at = monotonic() + MAINTAIN_SECONDS
         while self._wait():
-            if self._deliver(last_attempt=attempt >= ATTEMPTS - 1):
-                pause, attempt = 0.0, 0
+            if self._deliver(last_attempt=backoff.is_last_attempt()):
+                backoff.reset()
                 continue
-            attempt += 1
-            pause = min(max(2 * pause, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
-            self._hurry.wait(pause * self._random.uniform(0.8, 1.2))
+            self._hurry.wait(backoff.next_pause())
             self._hurry.clear()
 
     def _wait(self) -> bool:
@@ -279,7 +274,7 @@ class Sink:
         """
         if self._is_closed or monotonic() < self._maintain_at:
             return
-        seconds = _LONGEST_PAUSE_SECONDS
+        seconds = _UNAVAILABLE_SECONDS
         with self._writing:
             try:
                 seconds = self.storage.maintain(self._keep, datetime.now(timezone.utc))
@@ -291,7 +286,7 @@ class Sink:
 
     def _deliver(self, *, last_attempt: bool) -> bool:
         with self._writing:
-            return self._batches.deliver(last_attempt=last_attempt)
+            return self._delivery.deliver(last_attempt=last_attempt)
 
     def _deliver_here(self, deadline: float) -> None:
         """Deliver from the caller's thread, as there is none for it."""

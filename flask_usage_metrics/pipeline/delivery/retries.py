@@ -1,7 +1,8 @@
-"""Delivers batches to a storage: acks finished records, splits a batch that keeps failing."""
+"""Delivery of batches: retried with growing pauses, and split if they keep failing."""
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Sequence
 
@@ -19,7 +20,35 @@ ATTEMPTS = 5
 record."""
 
 
-class BatchDelivery:
+_FIRST_PAUSE_SECONDS = 0.05
+_LONGEST_PAUSE_SECONDS = 30.0
+
+
+class Backoff:
+    """The attempts at one batch, and the pauses between them: each twice the last, with jitter."""
+
+    def __init__(self) -> None:
+        # Not the module's own generator: an app that seeded it must not see it move.
+        self._random = random.Random()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again: the batch is decided."""
+        self._failures = 0
+        self._pause = 0.0
+
+    def is_last_attempt(self) -> bool:
+        """Tell whether the batch is to be split if the next attempt fails as well."""
+        return self._failures >= ATTEMPTS - 1
+
+    def next_pause(self) -> float:
+        """Count a failed attempt; return the seconds to wait until the next, 36 at most."""
+        self._failures += 1
+        self._pause = min(max(2 * self._pause, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
+        return self._pause * self._random.uniform(0.8, 1.2)
+
+
+class RetryingDelivery:
     """Delivers the oldest records of a queue to its storage; for one caller at a time.
 
     Args:
