@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from flask_usage_metrics.runtime.forks import FORKS
+
 _PATIENCE_SECONDS = 0.5
 """How long a fork waits for the threads inside. A batch is inserted in some ms, but a summary of
 everything may take any time: then the fork goes on, at the risk that the child hangs."""
@@ -24,13 +26,14 @@ class ForkGate:
     """
 
     def __init__(self) -> None:
-        self._start()
+        self.reset_after_fork()
         if hasattr(os, "register_at_fork"):  # not on Windows
-            os.register_at_fork(
-                before=self._close, after_in_parent=self._open, after_in_child=self._start
-            )
+            os.register_at_fork(before=self._close, after_in_parent=self._open)
+        # Not by `after_in_child`: that of FORKS may come first, and a part may use SQLite there.
+        FORKS.register(self)
 
-    def _start(self) -> None:
+    def reset_after_fork(self) -> None:
+        """Open the gate in a forked child; no thread is inside there."""
         # Reentrant: a signal handler that forks may interrupt the holder.
         self._changed = threading.Condition(threading.RLock())
         self._inside: set[int] = set()

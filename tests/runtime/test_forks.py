@@ -3,12 +3,15 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
+from time import monotonic
 from typing import Any
 
 import pytest
 from helpers.front_door import Site
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from flask_usage_metrics.runtime import fork_gate
+from flask_usage_metrics.runtime.fork_gate import FORK_GATE
 from flask_usage_metrics.runtime.forks import FORKS, ForkRegistry
 
 
@@ -42,6 +45,23 @@ def test_living_parts_are_made_anew_in_a_child_in_the_order_they_were_made() -> 
     gc.collect()
     assert in_child(lambda: log) == ["a", "c", "d"]
     assert log == []
+
+
+def test_a_part_may_use_sqlite_while_it_is_made_anew() -> None:
+    class Reader:
+        def __init__(self) -> None:
+            self.waited_seconds = -1.0
+            FORKS.register(self)
+
+        def reset_after_fork(self) -> None:
+            start = monotonic()
+            with FORK_GATE.entered():
+                self.waited_seconds = monotonic() - start
+
+    reader = Reader()
+    patience = fork_gate._PATIENCE_SECONDS
+    (waited,) = in_child(lambda: [f"{reader.waited_seconds}"])
+    assert 0 <= float(waited) < patience
 
 
 def test_a_dropped_part_leaves_nothing_behind() -> None:
