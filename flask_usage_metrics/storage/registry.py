@@ -133,8 +133,9 @@ def _open(url: str, where: str) -> Writer:
     if match is None:
         raise ConfigError(f"{where} has no scheme: {_EXPECTED}")
     scheme = match[1].lower()
-    make = BUILT_IN.get(scheme.partition("+")[0])
-    if make is None:
+    kind, plus, _ = scheme.partition("+")
+    make = BUILT_IN.get(kind)
+    if make is None or (plus and make is not _open_sql):  # print and jsonl have no drivers
         return _open_registered(url, scheme, where)
     try:
         return make(url)

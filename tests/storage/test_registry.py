@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -90,6 +91,16 @@ def test_a_driver_may_follow_the_scheme(install: Install) -> None:
     install("nosql = nosql_storage:make", "NoSQL+tls = nosql_storage:NoSQL")
     for scheme in ("nosql", "NOSQL", "nosql+other", "nosql+tls", "nosql+TLS"):
         assert open_storage(f"{scheme}://db").url == f"{scheme}://db"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("url", ["print+x:", "jsonl+x:///records.jsonl"])
+def test_no_driver_may_follow_the_scheme_of_a_built_in_storage_that_has_none(
+    install: Install, url: str
+) -> None:
+    install("jsonl = nosql_storage:make", "print+x = nosql_storage:make")
+    scheme = url.partition(":")[0]
+    with pytest.raises(ConfigError, match=f"of kind '{re.escape(scheme)}' is not supported: "):
+        open_storage(url)
 
 
 @pytest.mark.parametrize(
