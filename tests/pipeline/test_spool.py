@@ -253,6 +253,15 @@ def test_more_than_there_is_room_for_is_recovered_later(tmp_path: Path) -> None:
     assert statuses(taken) == list(range(100))
 
 
+def test_a_file_is_left_to_the_spool_that_has_it(tmp_path: Path) -> None:
+    living, other = Spool(tmp_path, LARGE), Spool(tmp_path, LARGE)
+    records = make_records(2)
+    living.append(records)
+    assert (other.recover(), len(other)) == (0, 0)
+    assert drain(living) == records
+    assert files(tmp_path) == []
+
+
 def test_a_file_is_recovered_by_one_alone(tmp_path: Path) -> None:
     for _ in range(20):
         records = []
