@@ -64,7 +64,9 @@ def configure_storages(
     """Configure the storages that can be read by the settings of this app."""
     for writer in writers:
         if isinstance(writer, Storage):
-            writer.configure(bounds=settings.shape.buckets, pseudonyms=pseudonyms.all)
+            # No method, whose name a subclass of the app's might have for something else.
+            writer.bounds = settings.shape.buckets
+            writer.pseudonyms = pseudonyms.all
 
 
 def make_sinks(

@@ -28,29 +28,14 @@ class Storage(Writer):
 
     Attributes:
         bounds: Upper bounds of the buckets that quantiles are estimated from, seconds, ascending;
-            in an app those of its histogram. See `configure`.
-        pseudonyms: Returns the pseudonyms a user's records may be kept under instead of the name;
-            None: there are none. See `configure`.
+            in an app those of its histogram, set when the app is set up.
+        pseudonyms: Returns the pseudonyms a user's records may be kept under instead of the name,
+            set when the app is set up; None: there are none.
     """
 
     bounds: Sequence[float] = BUCKETS
     pseudonyms: Callable[[str], Sequence[str]] | None = None
     _has_sums = True
-
-    def configure(
-        self,
-        *,
-        bounds: Sequence[float],
-        pseudonyms: Callable[[str], Sequence[str]] | None,
-    ) -> None:
-        """Take the settings of an app that reading needs; called when the app is set up.
-
-        Args:
-            bounds: See the attribute.
-            pseudonyms: See the attribute.
-        """
-        self.bounds = bounds
-        self.pseudonyms = pseudonyms
 
     def select(self, wanted: Filter, order: Order, limit: int | None) -> Iterator[UsageRecord]:
         """Yield the wanted records by (started_at, id), each id once; for subclasses.

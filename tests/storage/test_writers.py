@@ -359,3 +359,14 @@ def test_as_writer_says_what_it_expects(given: Any) -> None:
 def test_a_class_instead_of_a_storage_gets_a_hint() -> None:
     with pytest.raises(ConfigError, match=r"not the class PrintWriter: .*PrintWriter\(\.\.\.\)"):
         as_writer(PrintWriter, "TRACK_USAGE_STORAGE")
+
+
+def test_a_storage_of_the_app_may_have_a_method_configure_of_its_own(
+    make_site: Callable[..., Site],
+) -> None:
+    class Own(Remembering):
+        def configure(self, host: str) -> None:
+            raise AssertionError(host)
+
+    site = make_site(storage=Own(), BUCKETS=(1.0, 2.0))
+    assert site.usage.storage.bounds == (1.0, 2.0)
