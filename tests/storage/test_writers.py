@@ -368,5 +368,5 @@ def test_a_storage_of_the_app_may_have_a_method_configure_of_its_own(
         def configure(self, host: str) -> None:
             raise AssertionError(host)
 
-    site = make_site(storage=Own(), BUCKETS=(1.0, 2.0))
+    site = make_site(storage=Own(3), BUCKETS=(1.0, 2.0))
     assert site.usage.storage.bounds == (1.0, 2.0)
