@@ -40,7 +40,7 @@ app = create_app("sqlite:///usage.sqlite3", consumer=consumer)
 """
 OPTIONS = {
     "FLASK_TRACK_USAGE_STATE_DIR": "state",
-    "FLASK_TRACK_USAGE_visitors.VISITORS": "daily",
+    "FLASK_TRACK_USAGE_VISITORS": "daily",
     "FLASK_TRACK_USAGE_TRACES": "true",
     "OTEL_TRACES_EXPORTER": "none",
 }

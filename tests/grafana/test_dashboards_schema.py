@@ -12,14 +12,14 @@ import pytest
 from helpers.dashboards import DASHBOARDS, panels
 from helpers.process import need, run
 
+pytestmark = pytest.mark.servers
+
 Dashboard = dict[str, Any]
 
 PACKAGES = {"@grafana/schema": "13.2.3", "typescript": "7.0.2"}
 
 TYPES = """
 import type {
-
-pytestmark = pytest.mark.servers
   AnnotationQuery, Dashboard, FieldConfig, Panel, RowPanel,
 } from "{raw}/dashboard/x/types.gen";
 {imports}
