@@ -866,6 +866,7 @@ def test_a_repeated_query_and_an_ordinary_one_cost_microseconds():
     assert min(microseconds(["&".join(first[:20])] * 4000) for _ in range(3)) < 5
 
 
+@pytest.mark.slow
 def test_what_is_remembered_is_bounded_in_number_and_length():
     secrets = SecretFinder()
     redactor = Redactor(secrets)

@@ -6,9 +6,9 @@
     pytest tests/storage      # one room, likewise without servers and slow ones
     pytest tests/storage/test_sql.py    # a file, or a test: whatever it needs
 
-Of a whole run or a folder, several processes share the tests (pytest-xdist). Tests that share a
-server or another costly thing stay in one process, so that it is made once. A test marked `alone`
-has the machine to itself: the other processes wait.
+Of a whole run or a folder, several processes share the files (pytest-xdist; its groups of tests
+have no effect with pytest 9.2). A test marked `alone` has the machine to itself: the other
+processes wait.
 """
 
 from __future__ import annotations
@@ -26,6 +26,18 @@ MARKED = ("servers", "slow")
 
 DATABASES = frozenset({"postgresql", "mariadb"})
 """Fixtures that start a server; tests also ask for them by a parameter of this name."""
+
+LONG = (
+    "test_rollups",
+    "test_sql",
+    "test_benchmarks",
+    "test_sqlite",
+    "test_dashboards_live",
+    "test_workers",
+    "test_exposition",
+    "test_rules",
+)
+"""Files that take longest, the longest first."""
 
 # A machine with many cores would start as many servers at once.
 MOST_PROCESSES = 4
@@ -61,16 +73,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(os.cpu_count() or 1, MOST_PROCESSES)
 
 
-# xdist's own looks for the groups.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept, left_out = [], []
     for item in items:
         names = asked_for(item)
         if names & DATABASES:
             item.add_marker("servers")
-        if group := group_of(item, names):
-            item.add_marker(pytest.mark.xdist_group(group))
         reason = next((name for name in MARKED if item.get_closest_marker(name)), None)
         if reason is None or config.option.everything:
             kept.append(item)
@@ -79,7 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = kept
+    items[:] = sorted(kept, key=start_first)
 
 
 def asked_for(item: pytest.Item) -> set[str]:
@@ -88,15 +96,9 @@ def asked_for(item: pytest.Item) -> set[str]:
     return {*getattr(item, "fixturenames", ()), *(it for it in parameters if isinstance(it, str))}
 
 
-def group_of(item: pytest.Item, names: set[str]) -> str | None:
-    """Return the name that tests have in common which are to be run by one process."""
-    if databases := sorted(names & DATABASES):
-        return databases[0]
-    for name, found in sorted(item._fixtureinfo.name2fixturedefs.items()):  # type: ignore[attr-defined]
-        # Fixtures of plugins have no base.
-        if found[-1].baseid and found[-1].scope != "function":
-            return f"{Path(found[-1].baseid).stem}-{name}"
-    return "alone" if item.get_closest_marker("alone") else None
+def start_first(item: pytest.Item) -> int:
+    """Return where a test belongs: long files first, lest one process is at work long after all."""
+    return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
 
 
 # ------------------------------------------------------------------------ alone

@@ -205,6 +205,7 @@ def test_separate_servers_stay_separate(tmp_path: Path) -> None:
         until(lambda: (total(one), total(two)), (30, 20))
 
 
+@pytest.mark.slow
 def test_nothing_grows_with_the_number_of_workers_there_were(tmp_path: Path) -> None:
     with Gunicorn(tmp_path, "-w", "2", "--max-requests", "10") as server:
         for _ in range(200):

@@ -222,6 +222,7 @@ def test_forks_of_several_threads_at_once(tmp_path: Path) -> None:
     run(GATE + textwrap.dedent(program), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "shared", "forks"),
     [("sqlite:///usage.sqlite3", False, 60), ("sqlite://", False, 60), (None, True, 200)],

@@ -220,6 +220,7 @@ def test_rows_that_are_erased_are_not_in_them(storage: SQLStorage) -> None:
     assert_sums(storage, left)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=12,
     deadline=None,
