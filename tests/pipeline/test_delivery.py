@@ -433,6 +433,7 @@ def test_a_hung_storage_does_not_keep_the_process_alive() -> None:
     assert "exit: 1 record(s) were not written; they are lost" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_a_hung_storage_left_is_written_by_the_next_process(tmp_path: Path) -> None:
     program = f"""
         import sys, threading

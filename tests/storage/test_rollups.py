@@ -407,6 +407,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_them_right(database: str) -> None:
     records = visits(400, days=2.5)
     with storage_in(database) as storage:
@@ -432,6 +433,7 @@ def test_a_kill_at_any_moment_leaves_them_right(database: str) -> None:
 # ------------------------------------------------------------------------ in an app
 
 
+@pytest.mark.slow
 def test_an_app_keeps_its_records_so_long_and_their_sums_for_ever(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
