@@ -197,7 +197,7 @@ def make_traces(
     if not settings.traces and provider is None:
         return None
     try:
-        # Imported here: most apps have no traces, and OpenTelemetry costs 50 ms and more.
+        # Imported here: most apps have no traces, and OpenTelemetry is slow to import.
         from flask_usage_metrics.traces.conventions import hints_of
         from flask_usage_metrics.traces.export import TraceExport
         from flask_usage_metrics.traces.live import LiveSpans, Tracing

@@ -42,7 +42,7 @@ from flask_usage_metrics.runtime.faults import Faults
 METRICS_ENDPOINT = "track_usage_metrics"
 
 IDLE_SECONDS = 60.0
-"""A thread of ours without work ends after this long; starting one costs 0.1 ms."""
+"""Time without work after which a thread of ours ends; the next request starts it again."""
 
 _EXIT_SECONDS = 5.0
 
