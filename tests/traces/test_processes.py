@@ -263,4 +263,5 @@ def test_killed_workers_take_no_span_away(tmp_path: Path, collector: Receiver) -
     assert answered <= set(map(str, rows))
     # What was sent and not yet noted to be when its worker was killed comes again, as the same.
     assert set(spans) == set(rows)
-    assert len(rows) == len(set(rows)) <= len(spans) <= 2 * len(rows)
+    # With each of the seven kills once more, at most.
+    assert len(rows) == len(set(rows)) <= len(spans) <= 8 * len(rows)
