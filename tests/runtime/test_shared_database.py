@@ -157,10 +157,12 @@ def test_a_transaction_inside_of_another(path: Path) -> None:
 
 
 FORK = """
-import gc, os, sys
+import gc, os, sys, warnings
 from pathlib import Path
 from flask_usage_metrics.runtime.shared_database import SharedDatabase
 
+# Since 3.13 a connection that is not closed is told, which is what a child must do.
+warnings.simplefilter("ignore", ResourceWarning)
 path = Path(sys.argv[1]) if sys.argv[1] else None
 database = SharedDatabase(path, ("CREATE TABLE IF NOT EXISTS word (word TEXT)",), stays_open=True)
 with database.transaction() as inherited:
@@ -189,10 +191,11 @@ else:
 """
 
 DROPPED = """
-import gc, os, sys
+import gc, os, sys, warnings
 from pathlib import Path
 from flask_usage_metrics.runtime.shared_database import SharedDatabase
 
+warnings.simplefilter("ignore", ResourceWarning)  # as above
 database = SharedDatabase(Path(sys.argv[1]), (), stays_open=True)
 with database.transaction() as inherited:
     pass
