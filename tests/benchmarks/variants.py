@@ -15,12 +15,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from itertools import cycle, islice
-from typing import Any
-from wsgiref.types import WSGIApplication
+from typing import TYPE_CHECKING, Any
 from wsgiref.util import FileWrapper
 
 from flask import Flask, Response
 from flask.typing import ResponseReturnValue
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
 
 Flush = Callable[[], object]
 
