@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 
@@ -134,7 +135,10 @@ class WorkerGroup:
         self._start_anew()
 
     def _recover(self, folder: Path) -> Iterator[JournalFile]:
-        for path in sorted(folder.glob("*.journal")):
+        paths: list[Path] = []
+        with suppress(OSError):  # another process may remove a dead run while this one looks there
+            paths = sorted(folder.glob("*.journal"))
+        for path in paths:
             file = JournalFile.recover(path, self.app)
             if file is not None:
                 yield file

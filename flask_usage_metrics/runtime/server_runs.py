@@ -97,7 +97,10 @@ def dead_runs(homes: Iterable[Path], own: Path) -> Iterator[Path]:
         own: Folder of this process's run, which is skipped.
     """
     for home in homes:
-        for folder in sorted(home.iterdir()):
+        folders: list[Path] = []
+        with suppress(OSError):  # somebody may remove it meanwhile
+            folders = sorted(home.iterdir())
+        for folder in folders:
             if folder == own or not _RUN.fullmatch(folder.name):
                 continue
             with suppress(OSError, StateUnavailable), _held(folder) as dead:

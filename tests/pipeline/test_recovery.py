@@ -290,3 +290,23 @@ def test_a_request_after_the_end_opens_it_again(make_site: Callable[..., Site]) 
         assert samples(site.scrape(), "flask_usage_journaled") == {(): 1}
         assert site.faults() == {}
         site.close()
+
+
+@pytest.mark.parametrize("gone", ["home", "run"])
+def test_what_another_process_removes_while_it_is_looked_for_harms_nothing(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    site = make_site()
+    site.get("/nowhere")
+    looked: list[Path] = []
+
+    def removed(folder: Path, *_: str) -> list[Path]:
+        looked.append(folder)
+        raise FileNotFoundError(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir" if gone == "home" else "glob", removed)
+        assert site.usage.flush()
+    assert looked
+    assert len(site.records()) == 1
+    assert site.samples("flask_usage_faults_total") == {}
