@@ -1,4 +1,4 @@
-"""A lock that keeps the process from forking while one of our threads uses SQLite."""
+"""A lock that keeps the process from forking while our threads hold locks a child cannot free."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ everything may take any time: then the fork goes on, at the risk that the child 
 
 class ForkGate:
     """A shared/exclusive lock: threads that use SQLite share it; `os.fork` takes it exclusively.
+
+    So do threads that read a registry of client_python, which has a lock of its own.
 
     SQLite has locks for the whole process. A child forked while a thread of its parent holds one
     inherits it locked for ever, and hangs at whatever it does with SQLite next, the app's own

@@ -222,6 +222,35 @@ def test_forks_of_several_threads_at_once(tmp_path: Path) -> None:
     run(GATE + textwrap.dedent(program), tmp_path)
 
 
+def test_a_child_of_a_process_that_is_being_scraped_can_be_scraped(tmp_path: Path) -> None:
+    program = """
+        from flask import Flask
+        from flask_usage_metrics import TrackUsage
+        from prometheus_client import CollectorRegistry
+
+        reading = threading.Event()
+
+        class Slow(CollectorRegistry):
+            def collect(self):
+                with self._lock:
+                    reading.set()
+                    time.sleep(0.1)
+                yield from super().collect()
+
+        app = Flask("shop")
+        usage = TrackUsage(app, lambda data: None, registry=Slow())
+        scrape = lambda: app.test_client().get("/metrics").status_code == 200
+        scrape()
+        reading.clear()
+        thread = threading.Thread(target=scrape)
+        thread.start()
+        assert reading.wait(20)
+        assert ended_well(child_of(scrape))
+        thread.join()
+    """
+    run(GATE + textwrap.dedent(program), tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "shared", "forks"),

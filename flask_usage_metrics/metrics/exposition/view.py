@@ -22,6 +22,7 @@ from flask_usage_metrics.metrics.exposition.negotiation import (
 )
 from flask_usage_metrics.metrics.exposition.text import Block, blocks_of, compress, encode
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.fork_gate import FORK_GATE
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -106,6 +107,8 @@ class Exposition:
         with (
             self._faults.caught("exposition", "only our own metrics are exposed"),
             self._collector.muted(),
+            # client_python locks the registry: a child forked meanwhile would never be scraped.
+            FORK_GATE.entered(),
         ):
             encoded = generate(registry.restricted_registry(names) if names else registry)
         return encoded.removesuffix(_EOF)
