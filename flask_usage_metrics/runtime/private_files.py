@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,9 @@ try:
     import fcntl
 except ImportError:  # pragma: no cover - Windows
     fcntl = None  # type: ignore[assignment]
+
+
+_LOCK_PAUSE_SECONDS = 0.005
 
 
 class StateUnavailable(Exception):
@@ -128,9 +132,27 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
-def lock_shared(descriptor: int) -> None:
-    """Take a shared ``flock``; blocks while somebody holds the exclusive one."""
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+def lock_shared(descriptor: int, deadline: float) -> bool:
+    """Take a shared ``flock``; blocks while somebody holds the exclusive one.
+
+    Args:
+        descriptor: Of the open file.
+        deadline: Moment of the monotonic clock to stop waiting at.
+
+    Returns:
+        Whether it was taken in time.
+
+    Raises:
+        OSError: The file cannot be locked at all.
+    """
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(_LOCK_PAUSE_SECONDS)
 
 
 def is_still(path: Path, descriptor: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -25,6 +26,10 @@ from flask_usage_metrics.runtime.processes import is_alive, started
 from flask_usage_metrics.runtime.state_dir import digest
 
 LOCK = "lock"
+
+_LOCK_SECONDS = 1.0
+"""How long a process waits to become a member: who looks for dead runs holds the lock for less than
+a millisecond, unless it is stopped meanwhile."""
 
 _STALE_SECONDS = 30 * 86_400.0
 """Age at which a journal that nobody recovered may be deleted: its app is gone, or its settings
@@ -55,13 +60,16 @@ class ServerRun:
         self._close: finalize[..., Any] | None = None
 
     def join(self) -> None:
-        """Become a member.
+        """Become a member; blocks for a second at most, as a request may wait for it.
 
         Raises:
-            OSError: The folder cannot be used.
+            OSError: The folder cannot be used, or its lock is held for longer than a second.
             StateUnavailable: Other users may write the folder.
         """
+        deadline = time.monotonic() + _LOCK_SECONDS
         while self._close is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "the lock of the server run is held")
             make_private(self.folder)
             try:
                 descriptor = open_private(self.folder / LOCK)
@@ -69,8 +77,8 @@ class ServerRun:
                 continue
             close = finalize(self, os.close, descriptor)
             close.atexit = False  # the pipeline ends later, by an exit handler of its own
-            lock_shared(descriptor)
-            if is_still(self.folder / LOCK, descriptor):
+            is_held = lock_shared(descriptor, deadline)
+            if is_held and is_still(self.folder / LOCK, descriptor):
                 os.pwrite(descriptor, f"{self._starter} {started(self._starter)}\n".encode(), 0)
                 self._close = close
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import pytest
 import requests
@@ -267,6 +269,34 @@ def test_nothing_waits_when_no_state_can_be_kept(tmp_path: Path) -> None:
         assert samples(text, "flask_usage_journaled") == {(): 0}
         until(server.stored, 30)
     assert server.log().count("no place for the state directory") in (1, 2)  # one a worker
+
+
+def test_a_lock_that_somebody_keeps_delays_new_workers_for_a_second_at_most(
+    tmp_path: Path,
+) -> None:
+    with Gunicorn(tmp_path, "-w", "2") as server:
+        for _ in range(20):
+            server.get()
+        until(server.stored, 20)
+        (lock,) = tmp_path.glob("state/*/*/lock")
+        with lock.open() as held:
+            for pid in server.workers():
+                server.kill(pid)
+            until(lambda: _try_lock(held), True)  # before any new worker was asked
+            started_at = time.monotonic()
+            for _ in range(20):
+                server.get()
+            assert time.monotonic() - started_at < 5  # a second for each worker
+            assert samples(server.get("/metrics"), "flask_usage_totals_shared") == {(): 0}
+        until(server.stored, 40)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @pytest.fixture
