@@ -187,3 +187,70 @@ def test_a_body_is_over_when_as_much_is_sent_as_was_said(
     assert len(site.records()) == is_over
     body.close()  # type: ignore[attr-defined]
     assert site.only_record().bytes_sent == 5
+
+
+# CPython reads no number of more than 4 300 digits, databases none of 2^63 and more, and sums of
+# 64 bits overflow before.
+@pytest.mark.parametrize("digits", [15, 16, 19, 20, 4300, 4301, 100_000])
+@pytest.mark.parametrize("is_file", [False, True], ids=["body", "file"])
+def test_a_length_of_any_size_is_an_ordinary_answer_and_one_record(
+    site: Site, digits: int, is_file: bool
+) -> None:
+    @site.app.get("/")
+    def index() -> Response:
+        answer = send_file(io.BytesIO(b"abc"), "text/plain") if is_file else Response("abc")
+        answer.headers["Content-Length"] = "9" * digits
+        return answer
+
+    environ = EnvironBuilder("/").get_environ()
+    if is_file:
+        environ["wsgi.file_wrapper"] = ServerFileWrapper
+    body, status, _ = run_wsgi_app(site.app.wsgi_app, environ)
+    assert (b"".join(body), status) == (b"abc", "200 OK")
+    body.close()
+    record = site.only_record()
+    assert record.status == 200
+    # Of a file it is the only thing known.
+    announced = int("9" * digits) if digits == 15 else 0
+    assert record.bytes_sent == (announced if is_file else 3)
+    assert site.faults() == {}
+    site.assert_agrees()
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        *(("200 OK", 200), ("200", 200), ("200\tOK", 200), ("500 ", 500), ("599 x", 599)),
+        *(("600 Beyond", 600), ("999", 999), ("099 x", 99)),
+        *(("5000 Four", 0), ("0500 Four", 0), ("50 Two", 0), ("5", 0), ("500OK", 0), ("500-", 0)),
+        *((" 500 x", 0), ("", 0), ("   ", 0), ("OK", 0), ("\u0665\u0660\u0660 x", 0), ("+50 x", 0)),
+        ("5" * 5000, 0),
+    ],
+)
+def test_a_status_is_three_digits_and_only_500_to_599_are_server_errors(
+    make_site: Callable[..., Site], line: str, status: int
+) -> None:
+    site = make_site(SLO={"availability": 0.99})
+    middleware = site.app.extensions["track_usage"].middleware
+    ordinary = middleware._wsgi_app
+
+    def answer(environ: Any, start_response: Any) -> Any:
+        if environ["PATH_INFO"] == "/metrics":
+            return ordinary(environ, start_response)
+        start_response(line, [("Content-Type", "text/plain")])
+        return [b"x"]
+
+    middleware._wsgi_app = answer
+    body = site.app.wsgi_app(EnvironBuilder("/").get_environ(), lambda status, headers: len)
+    assert list(body) == [b"x"]
+    record = site.only_record()
+    is_error = status in (500, 599)
+    assert (record.status, record.is_server_error) == (status, is_error)
+    (summary,) = site.usage.storage.summarize()
+    assert summary.errors == site.usage.storage.count(status_class="5xx") == is_error
+    ((labels, _),) = site.samples("flask_usage_requests_total").items()
+    assert dict(labels)["status"] == (str(status) if 100 <= status <= 599 else "_OTHER")
+    events = site.samples("flask_usage_slo_events_total")
+    bad = [n for key, n in events.items() if ("result", "bad") in key]
+    assert sum(bad) == is_error
+    site.assert_agrees()
