@@ -13,7 +13,13 @@ MAX_INT = 2**63 - 1
 """The largest integer of the databases; larger numbers are cut to it."""
 
 _MAX_LABEL = 512
-_MAX_QUEUE_SECONDS = 3600.0
+
+_MOST_DIGITS = 15
+"""Digits of a Content-Length that is believed: a float has it exactly, and ten thousand of them can
+be added up in 64 bits. Anybody may send the number, and never the bytes."""
+_MAX_QUEUE_SECONDS = 300.0
+"""Seconds a request may have waited; who is still there after more? Proxies give up much earlier
+(nginx's proxy_read_timeout: 60 seconds)."""
 
 
 def wsgi_text(text: str, length: int) -> str:
@@ -58,22 +64,20 @@ def json_object(encoded: bytes) -> dict[str, Any]:
 
 
 def content_length(text: str) -> int | None:
-    """Return a Content-Length header as a number from 0 to `MAX_INT`; None if it is none."""
-    if not (text.isascii() and text.isdecimal() and len(text) <= 19):
-        return None
-    return min(int(text), MAX_INT)
+    """Return a Content-Length header as a number; None if it is none of up to 15 digits."""
+    return int(text) if len(text) <= _MOST_DIGITS and text.isascii() and text.isdecimal() else None
 
 
 def queue_seconds(text: str, started_ns: int) -> float | None:
     """Return how long a request waited between the proxy and the app, by the proxy's header.
 
     Args:
-        text: X-Request-Start: ``t=`` and seconds (nginx), milliseconds (Heroku) or microseconds
-            (Apache) since the epoch; which of these, its size tells.
+        text: X-Request-Start of a trusted proxy: ``t=`` and seconds (nginx), milliseconds (Heroku)
+            or microseconds (Apache) since the epoch; which of these, its size tells.
         started_ns: When the request reached the app, in nanoseconds since the epoch.
 
     Returns:
-        Seconds from 0 to 3600; None if the header says nothing of the kind.
+        Seconds from 0 to 300; None if the header says nothing of the kind.
     """
     text = text.strip().removeprefix("t=")
     try:

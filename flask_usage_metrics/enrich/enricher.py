@@ -203,7 +203,7 @@ class Enricher:
             track_var,
             trace_id,
             span_id,
-            queue_seconds(queued, seen.started_ns) if queued else None,
+            queue_seconds(queued, seen.started_ns) if queued and caller.is_trusted else None,
             self._app,
             origin.process,
             consumer,

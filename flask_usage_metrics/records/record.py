@@ -52,8 +52,8 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
         track_var: Contents of ``g.track_var``, as JSON values; empty if none.
         trace_id: Trace the request belongs to, 32 hexadecimal digits.
         span_id: Span of the request, 16 hexadecimal digits.
-        queue_seconds: Seconds the request waited in front of the app, by the proxy's
-            X-Request-Start header.
+        queue_seconds: Seconds the request waited in front of the app, by the X-Request-Start
+            header of a trusted proxy.
         app: Name of the Flask app.
         process: ``"host:pid"`` of the process that answered.
         consumer: Name of the API client on whose behalf the request was made.

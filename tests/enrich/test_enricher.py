@@ -149,13 +149,45 @@ def test_without_a_host_it_is_the_server_that_was_asked(make_site: Make) -> None
 
 
 def test_a_queue_is_told_by_either_header(make_site: Make) -> None:
-    site = make_site()
+    site = make_site(TRUSTED_PROXIES=["203.0.113.9"])
     site.app.add_url_rule("/", "index", lambda: "hello")
     came = f"t={time.time() - 2}"
     for name in ("X-Request-Start", "X-Queue-Start", "X-Other"):
         site.get(headers={name: came})
     waited = [record.queue_seconds for record in site.records()]
     assert waited == [pytest.approx(2, abs=0.5), pytest.approx(2, abs=0.5), None]
+
+
+@pytest.mark.parametrize("proxies", [[], ["198.51.100.9"]], ids=["none", "another"])
+def test_a_stranger_cannot_tell_how_long_a_request_waited(
+    make_site: Make, proxies: list[str]
+) -> None:
+    site = make_site(TRUSTED_PROXIES=proxies)
+    site.get(headers={"X-Request-Start": f"t={time.time() - 2}"})
+    assert site.only_record().queue_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("ago", "told"),
+    [(0, 0), (-0.5, 0), (290, 290), (310, None), (3000, None), (-60, None), (1e9, None)],
+)
+@pytest.mark.parametrize("scale", [1, 1e3, 1e6])
+def test_a_queue_is_no_longer_than_is_plausible(
+    make_site: Make, ago: float, told: float | None, scale: float
+) -> None:
+    site = make_site(TRUSTED_PROXIES=["203.0.113.9"])
+    site.get(headers={"X-Request-Start": f"t={(time.time() - ago) * scale:f}"})
+    waited = site.only_record().queue_seconds
+    assert waited == (None if told is None else pytest.approx(told, abs=2))
+
+
+@pytest.mark.parametrize("told", ["t=", "t=nan", "t=inf", "-1", "9" * 5000, "1e400", "t=t=1", "٣"])
+def test_what_tells_no_time_is_no_queue(make_site: Make, told: str) -> None:
+    site = make_site(TRUSTED_PROXIES=["203.0.113.9"])
+    environ = EnvironBuilder("/").get_environ() | {"REMOTE_ADDR": "203.0.113.9"}
+    run_wsgi_app(site.app.wsgi_app, environ | {"HTTP_X_REQUEST_START": told}, buffered=True)
+    assert site.only_record().queue_seconds is None
+    assert site.faults() == {}
 
 
 @pytest.mark.parametrize(("name", "kept"), [("café кафе", "café кафе"), ("x" * 200, "x" * 128)])
