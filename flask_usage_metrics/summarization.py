@@ -15,6 +15,7 @@ import msgspec
 
 from flask_usage_metrics.records.query import Every, as_utc, next_start, truncate
 from flask_usage_metrics.records.summary import Summary
+from flask_usage_metrics.runtime.shown_values import shown
 
 PERIODS: tuple[Every, ...] = ("hour", "day", "month")
 
@@ -65,7 +66,7 @@ def find_summation(hook: object) -> Summation:
     found = _BY_NAME.get(hook) if isinstance(hook, str) else hook
     if isinstance(found, Summation) and found in SUMMATIONS:
         return found
-    raise NotImplementedError(f"there is no sum {hook!r}: expected {KNOWN}")
+    raise NotImplementedError(f"there is no sum {shown(hook)}: expected {KNOWN}")
 
 
 def sum_up(

@@ -8,6 +8,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.records.address import normalise
+from flask_usage_metrics.runtime.shown_values import shown
 
 _MAX_FORWARDED_FOR = 2048
 _CACHED = 8192
@@ -91,5 +92,5 @@ def _network(text: object) -> IPv4Network | IPv6Network:
                 return IPv4Network((base, network.prefixlen - 96))
             return network
     raise ConfigError(
-        f"TRACK_USAGE_TRUSTED_PROXIES must hold addresses or CIDR ranges, not {text!r}"
+        f"TRACK_USAGE_TRUSTED_PROXIES must hold addresses or CIDR ranges, not {shown(text)}"
     )

@@ -19,6 +19,7 @@ from flask_usage_metrics.metrics.names import LABELS, REQUEST_LABELS
 from flask_usage_metrics.metrics.objectives import Objective, parse_objectives
 from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.records.summary import BUCKETS
+from flask_usage_metrics.runtime.shown_values import shown
 
 PREFIX = "TRACK_USAGE_"
 
@@ -92,11 +93,14 @@ class Key(msgspec.Struct, frozen=True):
         expected: What a value must be, for the error message.
         parse: Returns the plain value; raises ConfigError with a message of its own, or anything
             else if the value is not what is expected.
+        is_secret: Whether messages tell only the type of a wrong value: it could be a token, or
+            a URL with a password.
     """
 
     default: Any
     expected: str
     parse: Callable[[Any], Any]
+    is_secret: bool = False
 
 
 def read(config: Mapping[str, Any]) -> Settings:
@@ -133,8 +137,10 @@ def _read(config: Mapping[str, Any], name: str) -> Any:
         return key.parse(given)
     except ConfigError:
         raise
-    except Exception as error:
-        raise ConfigError(f"{name} must be {key.expected}, not {given!r}") from error
+    except Exception:  # noqa: BLE001 - whatever a value of another type makes it raise
+        # Without its cause, whose text would hold what was given.
+        what = type(given).__name__ if key.is_secret else shown(given)
+        raise ConfigError(f"{name} must be {key.expected}, not {what}") from None
 
 
 # ------------------------------------------------------------------------ kinds of values
@@ -167,6 +173,17 @@ def _text(given: Any) -> str | None:
     if not isinstance(given, str):
         raise TypeError
     return given
+
+
+def _token(given: Any) -> str | None:
+    if given is None:
+        return None
+    # Blanks around it are of the file it was read from. Neither empty nor "None" is a token: who
+    # sets one wants the page closed.
+    token: str = given.strip()
+    if _is_none(token) or not token.isprintable():
+        raise ValueError
+    return token
 
 
 def _path(given: Any) -> str | None:
@@ -302,18 +319,27 @@ KEYS: dict[str, Key] = {
     "TRACK_USAGE_INCLUDE_OR_EXCLUDE_VIEWS": Key(
         "exclude", "'include' or 'exclude'", _choice("include", "exclude")
     ),
-    "TRACK_USAGE_STORAGE": Key(None, "a URL, a storage, a callable or a list of these", _anything),
+    "TRACK_USAGE_STORAGE": Key(
+        None, "a URL, a storage, a callable or a list of these", _anything, is_secret=True
+    ),
     "TRACK_USAGE_METRICS_PATH": Key("/metrics", "a path that starts with / or None", _path),
-    "TRACK_USAGE_METRICS_TOKEN": Key(None, "a text or None", _text),
+    "TRACK_USAGE_METRICS_TOKEN": Key(
+        None, "a text that is not empty or None", _token, is_secret=True
+    ),
     "TRACK_USAGE_EXCLUDE": Key(
         ("static", "*.static"), "a list of endpoint globs and of paths that start with /", _texts
     ),
     "TRACK_USAGE_COUNTRY": Key(
-        "auto", "'auto', a source such as 'mmdb:/file', a list of these or None", _anything
+        "auto",
+        "'auto', a source such as 'mmdb:/file', a list of these or None",
+        _anything,
+        is_secret=True,
     ),
     "TRACK_USAGE_TRUSTED_PROXIES": Key((), "a list of addresses or CIDR ranges", _trusted_proxies),
     "TRACK_USAGE_USE_FREEGEOIP": Key(False, "True or False", _flag),
-    "TRACK_USAGE_FREEGEOIP_ENDPOINT": Key(None, "a URL that starts with http or None", _url),
+    "TRACK_USAGE_FREEGEOIP_ENDPOINT": Key(
+        None, "a URL that starts with http or None", _url, is_secret=True
+    ),
     "TRACK_USAGE_COOKIE": Key(False, "True or False", _flag),
     "TRACK_USAGE_VISITORS": Key(None, "'daily' or None", _optional_choice("daily")),
     "TRACK_USAGE_PRIVACY": Key("full", "'full', 'balanced' or 'strict'", _choice(*PRESETS)),

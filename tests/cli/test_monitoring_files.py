@@ -94,7 +94,7 @@ def test_job_targets_path_and_token_are_the_apps(tmp_path: Path) -> None:
         assert line in configuration.splitlines()
     assert "se cret" not in configuration + result.output
     token = folder / "metrics-token"
-    assert token.read_text() == "se cret\n"
+    assert token.read_text() == "se cret"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert f"{token} can be read by you only" in result.output
     check("config", folder / "prometheus.yml")

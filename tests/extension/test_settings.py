@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +25,9 @@ def track(**config: Any) -> None:
     [
         ("INCLUDE_OR_EXCLUDE_VIEWS", "all", "must be 'include' or 'exclude', not 'all'"),
         ("METRICS_PATH", "metrics", "must be a path that starts with / or None, not 'metrics'"),
-        ("METRICS_TOKEN", 5, "must be a text or None, not 5"),
+        ("METRICS_TOKEN", 5, "must be a text that is not empty or None, not int"),
+        *(("METRICS_TOKEN", empty, "not empty or None, not str") for empty in ("", " \n", "None")),
+        ("METRICS_TOKEN", "a\nb", "not empty or None, not str"),
         ("EXCLUDE", 5, "must be a list of endpoint globs"),
         ("EXCLUDE", [5], "must be a list of endpoint globs"),
         ("MAX_SERIES", "lots", "must be a positive int, not 'lots'"),
@@ -69,6 +73,49 @@ def test_a_wrong_value_is_named(key: str, value: Any, message: str) -> None:
         track(**{key: value})
     assert str(raised.value).startswith(f"TRACK_USAGE_{key} must")
     assert message in str(raised.value)
+
+
+PASSWORD = "Tr0ub4dor"
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        PASSWORD.encode(),
+        [PASSWORD.encode()],
+        [f"https://ann:{PASSWORD}@geo.example/"],
+        {"token": f"{PASSWORD}-and-then-some-more-of-it"},
+        f"ftp://ann:{PASSWORD}@geo.example/{{ip}}",
+        f"http://ann:{PASSWORD}@/",
+        f"http://geo.example/{{ip}}?key={PASSWORD} ",
+        f"postgresql://ann:{PASSWORD}@host:port/database",
+        f"postgresql://ann:{PASSWORD}@host/database?password={PASSWORD}",
+        f"mysql://ann:{PASSWORD}@host/database?password={PASSWORD}",
+        f"sqlite://ann:{PASSWORD}@/usage",
+        f"sqlite:///usage?token%3D{PASSWORD}=1",
+        f"sqlite:///usage?timeout={PASSWORD}",
+        f"jsonl:ann:{PASSWORD}@host",
+        f"print:{PASSWORD}",
+        f"[{PASSWORD}",
+        f'["x:{PASSWORD}", 1]',
+        f"ann:{PASSWORD}@host",
+    ],
+    ids=str,
+)
+def test_no_message_and_no_cause_of_it_shows_a_secret(secret: Any, tmp_path: Path) -> None:
+    for key in KEYS.keys() - {"TRACK_USAGE_STATE_DIR"}:  # any text is a path
+        app = Flask("shop")
+        app.config.update({"TRACK_USAGE_STATE_DIR": tmp_path, key: secret})
+        if key == "TRACK_USAGE_FREEGEOIP_ENDPOINT":
+            app.config["TRACK_USAGE_USE_FREEGEOIP"] = True
+        shown = ""
+        try:
+            TrackUsage(app, registry=CollectorRegistry())
+        except ConfigError as error:
+            shown = "".join(traceback.format_exception(error))
+        assert PASSWORD not in shown, key
+        # Any text may be a token, a name or a path; nothing else takes one of these.
+        assert shown or key.endswith(("TOKEN", "PATH", "EXCLUDE", "REDACT", "COUNTRY", "STORAGE"))
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,20 @@ class TestToken:
         for shown in ("Bearer s3cret", "bearer  s3cret"):
             assert client.get("/metrics", headers={"Authorization": shown}).status_code == 200
 
+    def test_lets_in_with_a_token_that_is_not_ascii_as_clients_send_it(self, guarded: Site) -> None:
+        shown = "Bearer sécret".encode().decode("latin-1")
+        client = guarded.app.test_client()
+        assert client.get("/metrics", headers={"Authorization": shown}).status_code == 200
+
+    @pytest.mark.parametrize("token", ["s3cret\n", " s3cret", "\ts3cret\r\n"])
+    def test_blanks_of_the_file_it_is_from_are_no_part_of_it(
+        self, make_site: Callable[..., Site], token: str
+    ) -> None:
+        client = make_site(METRICS_TOKEN=token).app.test_client()
+        shown = {"Authorization": "Bearer s3cret"}
+        assert client.get("/metrics", headers=shown).status_code == 200
+        assert client.get("/metrics").status_code == 401
+
 
 class TestPlace:
     def test_another_path(self, make_site: Callable[..., Site]) -> None:

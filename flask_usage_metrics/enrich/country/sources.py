@@ -18,6 +18,7 @@ from flask_usage_metrics.enrich.country.limits import Limits
 from flask_usage_metrics.enrich.country.lookup import CountryLookup
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.shown_values import shown
 
 logger = logging.getLogger("flask_usage_metrics")
 
@@ -207,9 +208,7 @@ def _is_url(url: str) -> bool:
 
 
 def _not_understood(given: object) -> ConfigError:
-    # What comes behind might be a key, if it was to be a URL.
-    shown = repr(given.partition("?")[0][:60]) if isinstance(given, str) else repr(given)[:60]
-    return ConfigError(f"TRACK_USAGE_COUNTRY must be {_EXPECTED}, not {shown}")
+    return ConfigError(f"TRACK_USAGE_COUNTRY must be {_EXPECTED}, not {shown(given)}")
 
 
 def _not_installed(package: str) -> ConfigError:

@@ -117,8 +117,8 @@ class Exposition:
         if self._token is None:
             return True
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        # In bytes: compare_digest refuses text that is not ASCII.
+        # In bytes, which WSGI hands over decoded as Latin-1: clients send UTF-8.
         same = hmac.compare_digest(
-            given.strip().encode("utf-8", "replace"), self._token.encode("utf-8", "replace")
+            given.strip().encode("latin-1", "replace"), self._token.encode("utf-8", "replace")
         )
         return scheme.lower() == "bearer" and same

@@ -17,6 +17,7 @@ from sqlalchemy.pool import QueuePool, StaticPool
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.records.query import Every
 from flask_usage_metrics.runtime.fork_gate import FORK_GATE
+from flask_usage_metrics.runtime.shown_values import shown
 from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect, Fault, Presence
 from flask_usage_metrics.storage.sql.dialects.columns_in_use import ParameterLayout
 from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, Columns, to_json, to_text
@@ -93,7 +94,9 @@ class SQLite(Dialect):
             )
         unknown = sorted(set(location.query) - {"timeout"})
         if unknown:
-            raise ConfigError(f"a SQLite URL may end with ?timeout=5, but not have {unknown[0]!r}")
+            raise ConfigError(
+                f"a SQLite URL may end with ?timeout=5, but not have {shown(unknown[0])}"
+            )
         timeout = BUSY_SECONDS
         if "timeout" in location.query:
             try:
