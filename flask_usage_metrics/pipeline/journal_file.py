@@ -27,6 +27,10 @@ from flask_usage_metrics.runtime.texts import encodable
 FILE_BYTES = 4 * 1024 * 1024
 """Size of the ring: some 8 000 requests of 500 bytes."""
 
+_FIRST_BYTES = 64 * 1024
+"""How much of the ring is allocated at first: an app that answers some requests, as one of a test
+does, needs no more."""
+
 _MAGIC = b"FUMJRNL2"
 _HEADER_BYTES = 4096
 _HEADER = struct.Struct("=8sQQQQI")  # magic, size, tail, head, committed, length of the origin
@@ -50,7 +54,10 @@ _S = TypeVar("_S", bound=msgspec.Struct)
 
 
 class JournalFile:
-    """A ring of frames in a file that is allocated at once and mapped; for one caller at a time.
+    """A ring of frames in a file that is mapped; for one caller at a time.
+
+    The disk is allocated from the start of the ring on, twice as much each time there is need of
+    more. Nothing beyond is touched: a page that finds no room on the disk kills the process.
 
     The kernel writes what is in the map to the file whatever becomes of the process. The file is
     locked (``flock``) as long as its process lives. Each frame has the number of the commit that
@@ -62,12 +69,15 @@ class JournalFile:
         origin: The process that captured the observations in it.
     """
 
-    def __init__(self, path: Path, descriptor: int, origin: Origin, size: int) -> None:
+    def __init__(
+        self, path: Path, descriptor: int, origin: Origin, size: int, allocated: int
+    ) -> None:
         self.id = path.stem
         self.origin = origin
         self._path = path
         self._descriptor = descriptor
         self._size = size
+        self._allocated = allocated
         self._map = mmap.mmap(descriptor, _HEADER_BYTES + size)
         self._close = finalize(self, os.close, descriptor)
         self._close.atexit = False  # the pipeline ends later, by an exit handler of its own
@@ -84,7 +94,7 @@ class JournalFile:
 
     @classmethod
     def create(cls, folder: Path, origin: Origin, size: int = FILE_BYTES) -> JournalFile:
-        """Make, lock and map a new file; blocks while the disk allocates it.
+        """Make, lock and map a new file; blocks while the disk allocates its start.
 
         Args:
             folder: Where to make it; of this user alone, which is not checked here.
@@ -99,14 +109,15 @@ class JournalFile:
         try:
             if not try_lock(descriptor):
                 raise BlockingIOError
-            # Before it is mapped: a page that finds no room on the disk kills the process.
-            os.posix_fallocate(descriptor, 0, _HEADER_BYTES + size)
+            allocated = min(_FIRST_BYTES, size)
+            os.posix_fallocate(descriptor, 0, _HEADER_BYTES + allocated)
+            os.ftruncate(descriptor, _HEADER_BYTES + size)
             meta = msgspec.json.encode(origin)
             header = _HEADER.pack(_MAGIC, size, 0, 0, 0, len(meta)) + meta
             if len(header) > _HEADER_BYTES:
                 raise OSError("too many country headers")
             os.pwrite(descriptor, header, 0)
-            return cls(path, descriptor, origin, size)
+            return cls(path, descriptor, origin, size, allocated)
         except BaseException:
             os.close(descriptor)
             path.unlink()
@@ -130,7 +141,7 @@ class JournalFile:
             if magic == _MAGIC and os.fstat(descriptor).st_size == _HEADER_BYTES + size:
                 origin = msgspec.json.decode(meta, type=Origin)
                 if origin.app == app and try_lock(descriptor) and is_still(path, descriptor):
-                    return cls(path, descriptor, origin, size)
+                    return cls(path, descriptor, origin, size, size)
         os.close(descriptor)
         return None
 
@@ -185,14 +196,28 @@ class JournalFile:
         """Make room for a frame that is written at once; return False when there is none."""
         start = self._head
         offset = start % self._size
-        if offset + length > self._size:  # frames do not wrap round the end
-            start += self._size - offset
-            if start + length - self._tail <= self._size:
-                _U32.pack_into(self._map, _HEADER_BYTES + offset, _SKIP)
-            offset = 0
+        gap = self._size - offset if offset + length > self._size else 0
+        start += gap
         if start + length - self._tail > self._size:
             return False
-        self._move(start, min(self._size - offset, self._tail + self._size - start))
+        if not self._allocate(self._size if gap else offset + length):
+            return False
+        if gap:  # frames do not wrap round the end
+            _U32.pack_into(self._map, _HEADER_BYTES + offset, _SKIP)
+            offset = 0
+        self._move(start, min(self._allocated - offset, self._tail + self._size - start))
+        return True
+
+    def _allocate(self, end: int) -> bool:
+        """Have the ring on disk up to an offset; return False if there is no room there."""
+        if end > self._allocated:
+            wanted = min(max(end, 2 * self._allocated), self._size)
+            at = _HEADER_BYTES + self._allocated
+            try:
+                os.posix_fallocate(self._descriptor, at, wanted - self._allocated)
+            except OSError:
+                return False
+            self._allocated = wanted
         return True
 
     def mark(self, sequences: Iterable[int], commit: int) -> None:

@@ -276,7 +276,7 @@ def test_a_process_for_each_request_loses_none(launch: Launch) -> None:
     server.visit(30)
     assert server.total() == 90
     until(server.stored, 90, 3)
-    # 4 MiB each.
+    # Each is as much of the disk as its process had needed.
     assert len(list(server.folder.glob("state/*/*/*.journal"))) <= 3
 
 

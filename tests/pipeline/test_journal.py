@@ -260,6 +260,56 @@ def test_whatever_comes_and_goes_nothing_is_written_over(tmp_path: Path, seed: i
     recovered.close(remove=True)
 
 
+def test_it_takes_no_more_of_the_disk_than_it_has_needed(tmp_path: Path) -> None:
+    file = JournalFile.create(tmp_path, ORIGIN)
+    (path,) = tmp_path.iterdir()
+    kept: list[tuple[int, Observation]] = []
+    for number in range(1, 6001):
+        kept.append((number, seen(number, "y" * 40)))
+        assert file.append(number, payload(kept[-1][1]))
+        if number % 50 == 0 and number < 3000:
+            file.truncate(number)
+            kept.clear()
+        if number == 3000:
+            assert path.stat().st_blocks * 512 <= 128 * 1024
+            assert path.stat().st_size > 4 * 1024 * 1024
+    assert path.stat().st_blocks * 512 > 2 * 1024 * 1024
+    assert frames(file) == kept
+    file.close(remove=False)
+    recovered = JournalFile.recover(path, ORIGIN.app)
+    assert recovered is not None
+    assert frames(recovered) == kept
+    recovered.close(remove=True)
+
+
+def test_a_disk_that_is_full_keeps_it_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = JournalFile.create(tmp_path, ORIGIN)
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", refuse)
+    number = 0
+    while file.append(number + 1, payload(seen(number + 1, "z" * 40))):
+        number += 1
+    assert number > 60
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_blocks * 512 <= 128 * 1024  # no page was touched that has no room
+    assert frames(file) == [(one, seen(one, "z" * 40)) for one in range(1, number + 1)]
+    for round_ in range(3):  # what it has serves again and again
+        file.truncate(number)
+        first, number = number + 1, number + 50
+        for one in range(first, number + 1):
+            assert file.append(one, payload(seen(one, "z" * 40))), round_
+    monkeypatch.undo()  # there is room again
+    while file.append(number + 1, payload(seen(number + 1, "z" * 40))):
+        number += 1
+    assert number > 4000
+    file.close(remove=True)
+
+
 def test_lone_surrogates_are_kept_escaped(tmp_path: Path) -> None:
     journal = Journal(10)
     journal.file = JournalFile.create(tmp_path, ORIGIN, SIZE)

@@ -301,10 +301,10 @@ def _try_lock(file: IO[str]) -> bool:
 
 @pytest.fixture
 def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a quarter of a MiB: room for no journal."""
+    """A file system of 64 KiB: room for no journal."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
     if shutil.which("mount") is None or run(*mount).returncode:
         pytest.skip("this user may not mount a tmpfs")
     yield folder
