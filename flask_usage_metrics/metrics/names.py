@@ -148,7 +148,7 @@ SHARED = Description(
 JOURNALED = Description(
     "flask_usage_journaled",
     "gauge",
-    "1 if captured requests survive a kill of the process: a journal could be made, else 0.",
+    "1 if all captured requests survive a kill of the process: they are on disk, else 0.",
 )
 BUILD_INFO = Description(
     "flask_usage_build_info", "gauge", "1, with the version of flask_usage_metrics.", ("version",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 
 from flask_usage_metrics.pipeline.journal_file import JournalFile, encode, escape_surrogates
@@ -22,10 +23,13 @@ class Journal:
 
     Attributes:
         file: Where observations are kept until they are durable elsewhere; None: in memory only.
+        hurry: Called by `append` when much waits: the worker should not let more gather. It must
+            not block.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
+        self.hurry: Callable[[], None] = _do_nothing
         self._start_anew()
         FORKS.register(self)
 
@@ -33,13 +37,27 @@ class Journal:
         self._lock = threading.Lock()
         self._waiting: deque[NumberedObservation] = deque()
         self._sequence = 0
+        # Numbers of the last observation that found no room in the file, and of the last that is
+        # durable elsewhere.
+        self._last_unwritten = self._last_durable = 0
+        # How many may wait before `_has_room` is asked.
+        self._mark = self._capacity // 4
         self.file: JournalFile | None = None
+
+    def open(self, file: JournalFile | None) -> None:
+        """Set the file, before any observation is appended."""
+        self.file = file
+        if file is not None:
+            file.filling = self._filling
+
+    def _filling(self) -> None:
+        self.hurry()
 
     def append(self, observation: Observation) -> bool:
         """Append an observation; return False, and append nothing, when there is no room.
 
         Once this returns True the observation survives a kill of the process: it is in the file,
-        unless there is no file or it is full. It does not block on the disk: the file is mapped.
+        unless `is_durable` says otherwise. It does not block on the disk: the file is mapped.
         """
         file = self.file
         payload = None
@@ -51,19 +69,28 @@ class Journal:
         # Hot path: `with` costs more, see tests/benchmarks/README.md.
         self._lock.acquire()
         try:
-            if len(self._waiting) >= self._capacity:
+            if len(self._waiting) >= self._mark and not self._has_room():
                 return False
             self._sequence = sequence = self._sequence + 1
-            if payload is not None and self.file is not None:
-                self.file.append(sequence, payload)
+            file = self.file
+            if payload is not None and file is not None and not file.append(sequence, payload):
+                self._last_unwritten = sequence
             self._waiting.append((sequence, observation))
         finally:
             self._lock.release()
         return True
 
+    def _has_room(self) -> bool:
+        """Tell whether one more may wait; a quarter of the capacity does already."""
+        if self._mark < self._capacity:
+            self._mark = self._capacity
+            self.hurry()
+        return len(self._waiting) < self._capacity
+
     def take(self, at_most: int) -> list[NumberedObservation]:
         """Remove and return the oldest observations, which stay in the file; for one caller."""
         waiting = self._waiting
+        self._mark = self._capacity // 4
         return list(islice(iter(waiting.popleft, None), min(at_most, len(waiting))))
 
     def waiting(self) -> list[Observation]:
@@ -78,11 +105,24 @@ class Journal:
         """Tell whether over a quarter of the capacity waits: the worker must hurry."""
         return len(self._waiting) > self._capacity // 4
 
+    def fullness(self) -> float:
+        """Return how much of the file is taken, from 0 to 1; 0 if there is none."""
+        file = self.file
+        if file is None:
+            return 0.0
+        return 1.0 if self._last_unwritten > self._last_durable else file.fullness()
+
+    def is_durable(self) -> bool:
+        """Tell whether all that was appended survives a kill, here or elsewhere."""
+        file = self.file
+        return file is not None and file.is_there() and self._last_unwritten <= self._last_durable
+
     def truncate(self, sequence: int) -> None:
         """Remove from the file all observations up to this number: they are durable elsewhere."""
         if self.file is not None:
             with self._lock:
                 self.file.truncate(sequence)
+                self._last_durable = sequence
 
     def close(self) -> None:
         """Close the file; it is removed if it is empty, otherwise left to be recovered."""
@@ -96,3 +136,7 @@ class Journal:
         if self.file is not None:
             self.file.close(remove=False)
         self._start_anew()
+
+
+def _do_nothing() -> None:
+    """Stand in for `Journal.hurry` until somebody sets it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
@@ -67,6 +67,8 @@ class JournalFile:
     Attributes:
         id: Unique name.
         origin: The process that captured the observations in it.
+        filling: Called by `append` when a frame is the first beyond half of the ring, or finds no
+            room. It must not block.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class JournalFile:
     ) -> None:
         self.id = path.stem
         self.origin = origin
+        self.filling: Callable[[], None] = _do_nothing
         self._path = path
         self._descriptor = descriptor
         self._size = size
@@ -198,14 +201,19 @@ class JournalFile:
         offset = start % self._size
         gap = self._size - offset if offset + length > self._size else 0
         start += gap
-        if start + length - self._tail > self._size:
-            return False
+        end = self._tail + self._size // 2
+        if start + length > end:
+            self.filling()
+            end = self._tail + self._size
+            if start + length > end:
+                return False
         if not self._allocate(self._size if gap else offset + length):
+            self.filling()
             return False
         if gap:  # frames do not wrap round the end
             _U32.pack_into(self._map, _HEADER_BYTES + offset, _SKIP)
             offset = 0
-        self._move(start, min(self._allocated - offset, self._tail + self._size - start))
+        self._move(start, min(self._allocated - offset, end - start))
         return True
 
     def _allocate(self, end: int) -> bool:
@@ -287,6 +295,10 @@ class JournalFile:
             with suppress(msgspec.DecodeError, UnicodeDecodeError):
                 yield sequence, commit, _decode(payload)
 
+    def fullness(self) -> float:
+        """Return how much of the ring is taken, from 0 to 1."""
+        return (self._head - self._tail) / self._size
+
     def is_empty(self) -> bool:
         """Tell whether everything is truncated."""
         return not self._frames and self._tail >= self._head
@@ -308,6 +320,10 @@ class JournalFile:
         self._frame_words.release()
         self._map.close()
         self._close()
+
+
+def _do_nothing() -> None:
+    """Stand in for `JournalFile.filling` until somebody sets it."""
 
 
 def escape_surrogates(observation: Observation) -> Observation:

@@ -53,6 +53,7 @@ class Pipeline:
         self._worker = WorkerThread(
             flush_seconds=flush_seconds, idle_seconds=idle_seconds, faults=faults
         )
+        journal.hurry = self._worker.hurry
         self._start_anew()
         FORKS.register(self)
 

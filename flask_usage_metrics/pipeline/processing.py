@@ -29,6 +29,12 @@ METRICS_SINK = "metrics"
 _BATCH_ENTRIES = 512
 """Entries of one batch: of one commit to the totals, and one `Sink.put`."""
 
+_HURRY_FULLNESS = 0.5
+"""How much of the journal's file may be taken before the worker is called without a pause."""
+
+_SPILL_FULLNESS = 0.75
+"""How much of it may be taken before records that wait for a storage are moved to the disk."""
+
 _STAMPED_ENTRIES = 32
 """Entries that get their ids together, which is cheaper than one by one."""
 
@@ -101,7 +107,8 @@ class Processor:
         """
         self.is_open, self.is_shared = True, multiprocess
         file = self._worker_group.join(self._enricher.origin, multiprocess=multiprocess)
-        self._checkpoints.own.file = self._journal.file = file
+        self._checkpoints.own.file = file
+        self._journal.open(file)
         for sink in self._sinks:
             sink.attach(self._worker_group.spool(sink.name))
 
@@ -153,8 +160,14 @@ class Processor:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
+        for sink in self._sinks:
+            sink.notice_silence()
         self._totals.sync()
         self._checkpoints.checkpoint(self._unlocated)
+        if self._journal.fullness() > _SPILL_FULLNESS:
+            for sink in self._sinks:
+                sink.spill()
+            self._checkpoints.checkpoint(self._unlocated)
 
     def _process(self, grace: float) -> None:
         self._enricher.maintain()
@@ -168,6 +181,8 @@ class Processor:
                     *map(JournalEntry, repeat(own), *zip(*taken, strict=True), repeat(False))
                 ]
                 self._process_batch(entries, ())
+                if self.is_short_of_room():
+                    self._checkpoint()
         if grace and self._unlocated:
             self._enricher.wait_local(grace)
             waiting, self._unlocated = self._unlocated, []
@@ -291,6 +306,10 @@ class Processor:
 
     # ------------------------------------------------------------------------ for any thread
 
+    def is_short_of_room(self) -> bool:
+        """Tell whether more than half of the journal's file is taken."""
+        return self._journal.fullness() > _HURRY_FULLNESS
+
     def has_work(self) -> bool:
         """Tell whether there is something to process, or a checkpoint to be reached."""
         if self._journal or self._unlocated or self._checkpoints:
@@ -326,9 +345,8 @@ class Processor:
         return [*self._journal.waiting(), *(entry.observation for entry in entries)]
 
     def is_journaled(self) -> bool:
-        """Tell whether what is captured survives a kill; True until `open`."""
-        file = self._journal.file
-        return not self.is_open or (file is not None and file.is_there())
+        """Tell whether all that was captured survives a kill; True until `open`."""
+        return not self.is_open or self._journal.is_durable()
 
 
 def _slices(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

@@ -10,6 +10,9 @@ from flask_usage_metrics.runtime.faults import Faults
 _HEARTBEAT_SECONDS = 2.0
 """How often the worker looks after the server's other workers while no request comes."""
 
+_HURRY_SECONDS = 0.05
+"""How often it is called while it is short of room: as often as a storage may have written."""
+
 
 class Work(Protocol):
     """The work of the thread, which calls these methods one at a time.
@@ -26,6 +29,9 @@ class Work(Protocol):
 
     def has_work(self) -> bool:
         """Tell whether there is more to do at once, without being woken."""
+
+    def is_short_of_room(self) -> bool:
+        """Tell whether it should be called again before more gathers."""
 
     def due_in(self) -> float | None:
         """Return in how many seconds there is work without being woken, >= 0; None: never."""
@@ -82,9 +88,14 @@ class WorkerThread:
             else:
                 self._thread = thread
 
+    def hurry(self) -> None:
+        """Have the thread call at once, if it runs, instead of letting more gather."""
+        self._wake.set()
+
     def _run(self, work: Work, owner: object) -> None:
         while True:
-            self._wake.wait(self._flush_seconds)
+            pause = self._flush_seconds
+            self._wake.wait(min(pause, _HURRY_SECONDS) if work.is_short_of_room() else pause)
             self._wake.clear()
             with self._faults.caught("pipeline", "records are processed later"):
                 work.process()

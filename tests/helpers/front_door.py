@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from flask import Flask
 from prometheus_client import CollectorRegistry
@@ -12,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from flask_usage_metrics import TrackUsage, UsageRecord
+from flask_usage_metrics.pipeline.processing import Processor
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -140,6 +143,12 @@ class Site:
         for sink in ("metrics", "sqlite"):
             written = samples(text, "flask_usage_records_total")
             assert written[_sorted(sink=sink, result="written")] == len(records)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Have what is captured inside the block wait, however much it is."""
+        with patch.object(Processor, "process", lambda self: None):
+            yield
 
     def close(self, timeout: float = 5.0) -> None:
         tracking = self.app.extensions["track_usage"]

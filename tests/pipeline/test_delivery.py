@@ -166,7 +166,8 @@ def test_a_blocked_storage_delays_neither_requests_nor_the_others(
 def test_a_full_journal_drops_and_counts(make_site: Callable[..., Site]) -> None:
     kept = Kept()
     site = make_site(kept, BUFFER_RECORDS=10, FLUSH_SECONDS=60)
-    visit(site, 15)
+    with site.held():
+        visit(site, 15)
     assert site.usage.flush()
     assert site.account("kept") == site.account("metrics") == counts(10, dropped=5)
     assert sum(site.counted().values()) == len(kept.records) == 10
@@ -221,10 +222,11 @@ def test_a_sink_accounts_for_what_it_accepts_and_nothing_else(
     assert pending() == {"metrics": 5, "every": 5, "some": 2}  # in the journal
     assert site.account("every") == counts(0, pending=5)  # and waiting for their country
     assert site.account("some") == counts(0, pending=2)
-    visit(site, 8, "/some")
-    visit(site, 5, "/other")  # for three of them there is no room
-    visit(site, 4, "/some")  # nor for any of these
-    assert pending() == {"metrics": 22, "every": 22, "some": 14}
+    with site.held():
+        visit(site, 8, "/some")
+        visit(site, 5, "/other")  # for three of them there is no room
+        visit(site, 4, "/some")  # nor for any of these
+        assert pending() == {"metrics": 22, "every": 22, "some": 14}
     known.set()
     assert site.usage.flush()
     assert site.account("every") == site.account("metrics") == counts(15, dropped=7)
@@ -577,7 +579,8 @@ def test_the_worker_gives_the_interpreter_away_unless_too_much_waits(
     monkeypatch.setattr(processing, "_BATCH_ENTRIES", 10)
     monkeypatch.setattr(yielding, "release_gil", lambda: pauses.append(0.0))
     site = make_site(FLUSH_SECONDS=1000, BUFFER_RECORDS=buffer)
-    visit(site, 95)
+    with site.held():
+        visit(site, 95)
     assert len(site.records()) == 95
     # Three times in each ten, both to make records and to count them; but not while more than 25
     # of 100 wait behind them.

@@ -384,8 +384,9 @@ def test_what_there_is_no_room_for_or_fails_is_counted_here_too(
     make_site: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced = Traced(make_site, BUFFER_RECORDS=10, FLUSH_SECONDS=60)
-    for _ in range(15):
-        traced.site.get()
+    with traced.site.held():
+        for _ in range(15):
+            traced.site.get()
     assert len(traced.spans()) == 10
     assert traced.site.account("traces") == {"written": 10, "dropped": 5, "failed": 0, "pending": 0}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from math import inf
 from time import monotonic
@@ -30,6 +31,9 @@ _UNAVAILABLE_SECONDS = 30.0
 """How long maintenance waits after a storage was unavailable, or raised."""
 
 _CLOSE_SECONDS = 1.0
+
+ANSWER_SECONDS = 3.0
+"""Seconds in which a storage answers a call; one that takes longer is not up."""
 
 Accepts = Callable[[Observation], bool]
 """Tells whether a sink takes the record of a request; for any thread. It neither raises nor blocks,
@@ -85,6 +89,9 @@ class Sink:
             self.storage, self._queue, self._changed, self.name, self._faults
         )
         self._hurry = threading.Event()
+        # When the storage was called, while it has not answered; and of the last call that was
+        # reported for taking too long.
+        self._called_at = self._silence_told = inf
         self._thread: threading.Thread | None = None
         self._recover_at = 0.0
         self._maintain_at = inf
@@ -105,8 +112,12 @@ class Sink:
 
     @property
     def up(self) -> bool:
-        """Whether the last write went well; True before the first."""
-        return self._delivery.up
+        """Whether the last write went well and there is none that lasts; True before the first."""
+        return self._delivery.up and not self._is_silent()
+
+    def _is_silent(self) -> bool:
+        """Tell whether records wait, and the storage has not answered for some seconds."""
+        return monotonic() - self._called_at > ANSWER_SECONDS and self._queue.has_records()
 
     @property
     def recovered(self) -> int:
@@ -150,6 +161,22 @@ class Sink:
             self._changed.notify_all()
         if records:
             self.start()
+
+    def spill(self) -> None:
+        """Move the records that wait to the disk, if there is one to wait on."""
+        with self._changed:
+            self._queue.spill()
+
+    def notice_silence(self) -> None:
+        """Report a storage that has not answered for some seconds, and have its records spill."""
+        called_at = self._called_at
+        if not self._is_silent():
+            return
+        if called_at != self._silence_told:
+            self._silence_told = called_at
+            silence = f"no answer for {ANSWER_SECONDS:.0f} seconds"
+            self._faults.report(f"sink {self.name}", silence, "its records wait")
+        self.spill()
 
     def start(self) -> bool:
         """Start the thread, unless it runs; return whether one does.
@@ -196,12 +223,14 @@ class Sink:
                 return False
         if not self._writing.acquire(timeout=max(deadline - monotonic(), 0)):
             return False
+        self._called_at = monotonic()
         try:
             self.storage.flush()
         except Exception as error:  # noqa: BLE001 - it is the storage's, and may be anybody's
             self._report(error, "what it holds back may be late")
             return False
         finally:
+            self._called_at = inf
             self._writing.release()
         return True
 
@@ -275,7 +304,7 @@ class Sink:
         if self._is_closed or monotonic() < self._maintain_at:
             return
         seconds = _UNAVAILABLE_SECONDS
-        with self._writing:
+        with self._calling():
             try:
                 seconds = self.storage.maintain(self._keep, datetime.now(timezone.utc))
             except StorageUnavailable:
@@ -285,8 +314,18 @@ class Sink:
         self._maintain_at = monotonic() + seconds
 
     def _deliver(self, *, last_attempt: bool) -> bool:
-        with self._writing:
+        with self._calling():
             return self._delivery.deliver(last_attempt=last_attempt)
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Hold the storage for a call, and know since when."""
+        with self._writing:
+            self._called_at = monotonic()
+            try:
+                yield
+            finally:
+                self._called_at = inf
 
     def _deliver_here(self, deadline: float) -> None:
         """Deliver from the caller's thread, as there is none for it."""
