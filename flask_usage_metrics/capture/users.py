@@ -62,8 +62,8 @@ class Users:
     def authorized(self, request: Request) -> tuple[bool, str | None]:
         """Return whether a client authorised itself, and its name in Basic authentication or None.
 
-        A name that looks like a token is replaced by `REDACTED`: some services take the API key as
-        the user name.
+        A name without a password, or one that looks like a token, is replaced by `REDACTED`: some
+        services take the API key as the user name.
 
         Args:
             request: Its Authorization header is parsed.
@@ -75,7 +75,8 @@ class Users:
         if parsed is None or parsed.type != "basic" or not parsed.username:
             return parsed is not None, None
         name = parsed.username[:MAX_NAME]
-        return True, REDACTED if self._secrets.is_secret_text(name) else name
+        is_key = not parsed.password or self._secrets.is_secret_text(name)
+        return True, REDACTED if is_key else name
 
     def _ask(self, name_of: str, ask: Ask | None) -> str | None:
         if ask is None:

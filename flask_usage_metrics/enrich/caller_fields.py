@@ -88,9 +88,9 @@ class Callers(TwoGenerationCache[CallerKey, Caller]):
             is_trusted,
             country_lookup.locate(address, (), is_trusted) if country_lookup.is_static else None,
             policy.address(address),
-            policy.header(wsgi_text(forwarded_for, 512) or None),
+            policy.header(wsgi_text(forwarded_for, 2048)),
             (
-                policy.header(wsgi_text(user_agent, 512) or None),
+                policy.header(wsgi_text(user_agent, 2048)),
                 client.browser,
                 client.version,
                 client.platform,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ MAX_INT = 2**63 - 1
 """The largest integer of the databases; larger numbers are cut to it."""
 
 _MAX_LABEL = 512
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 _MOST_DIGITS = 15
 """Digits of a Content-Length that is believed: a float has it exactly, and ten thousand of them can
@@ -23,25 +25,33 @@ _MAX_QUEUE_SECONDS = 300.0
 
 
 def wsgi_text(text: str, length: int) -> str:
-    """Return a text of a WSGI environ as the UTF-8 text it is, without NUL, cut.
+    """Return a text of a WSGI environ as the UTF-8 text it is, without control characters, cut.
 
     Args:
         text: Bytes decoded as Latin-1 (PEP 3333).
         length: Characters that are kept at most.
     """
-    if len(text) <= length and text.isascii() and "\0" not in text:
+    if len(text) <= length and text.isascii() and text.isprintable():
         return text
     text = text[: 4 * length]
     if not text.isascii():
         text = from_wsgi(text)
-    return (text.replace("\0", "") if "\0" in text else text)[:length]
+    return _printable(text)[:length]
 
 
 def app_text(text: str) -> str:
-    """Return a text of the app's own with only valid Unicode, without NUL."""
-    if text.isascii() and "\0" not in text:
+    """Return a text of the app's own with only valid Unicode, without control characters."""
+    if text.isascii() and text.isprintable():
         return text
-    return encodable(text).replace("\0", "")
+    return _printable(encodable(text))
+
+
+def _printable(text: str) -> str:
+    """Return a text without NUL, and with U+FFFD for each other control character.
+
+    These would break a line of a log, or command the terminal that shows a record.
+    """
+    return _CONTROLS.sub("\ufffd", text.replace("\0", ""))
 
 
 @lru_cache(4096)

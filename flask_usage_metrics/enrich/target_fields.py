@@ -63,8 +63,8 @@ class Targets(TwoGenerationCache[TargetKey, Target]):
         fields = (
             wsgi_text(method, 32),
             wsgi_text(scheme, 8),
-            wsgi_text(host, 255),
-            wsgi_text(root_path, 1024).rstrip("/"),
+            self._policy.host(wsgi_text(host, 255)),
+            self._policy.root_path(wsgi_text(root_path, 1024).rstrip("/")),
             path,
             query,
             wsgi_text(protocol, 16),

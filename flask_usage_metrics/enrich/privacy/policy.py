@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from flask_usage_metrics.enrich.privacy.pseudonyms import Pseudonyms
 from flask_usage_metrics.enrich.privacy.redaction import Redactor
 from flask_usage_metrics.enrich.privacy.secrets import REDACTED, SecretFinder
+from flask_usage_metrics.enrich.privacy.structure import holds_userinfo
 
 Preset = Literal["full", "balanced", "strict"]
 
@@ -23,6 +24,11 @@ Control (W3C) and its predecessor, Tracking Preference Expression."""
 
 _KEPT_BITS = {4: 24, 6: 48}
 """Leading bits of an address that `balanced` keeps, by the version of IP."""
+
+_MAX_HEADER = 512
+
+_CUTS = (2048, 4096)
+"""Lengths that texts are cut to, in the capture and by the enricher."""
 
 Values = dict[str, Any]
 """JSON values by name."""
@@ -69,14 +75,15 @@ class Policy:
         """Return what is kept of the path, of the query string and of the view's arguments.
 
         Args:
-            path: Below the app's root.
-            query: As it came.
+            path: Below the app's root; the last segment is not kept of one that may be cut.
+            query: As it came; the last pair is not kept of one that may be cut.
             rule: The URL rule; None when no route matched.
             arguments: JSON values.
         """
         if self.is_nameless:
             return rule or "", "", None if arguments is None else {}
         redactor = self._redactor
+        path, query = _uncut(path, "/"), _uncut(query, "&")
         values = redactor.values(arguments) if arguments else arguments
         # Most requests hold no secret argument: their path need not be aligned with its rule.
         if values is not arguments or (rule is not None and redactor.is_secret_rule(rule)):
@@ -91,9 +98,22 @@ class Policy:
             return None
         return address if self._is_full else shorten(address)
 
-    def header(self, text: str | None) -> str | None:
-        """Return what is kept of X-Forwarded-For, or of the user agent."""
-        return text if self._is_full else None
+    def header(self, text: str) -> str | None:
+        """Return what is kept of X-Forwarded-For, or of the user agent; at most 512 characters."""
+        if not text or not self._is_full:
+            return None
+        # Not by shape: user agents name many versions and builds.
+        if holds_userinfo(text) or self._secrets.names_secret(text):
+            return REDACTED
+        return text[:_MAX_HEADER]
+
+    def host(self, host: str) -> str:
+        """Return what is kept of a Host header: not the userinfo that it must not have."""
+        return host.rpartition("@")[2]
+
+    def root_path(self, path: str) -> str:
+        """Return what is kept of the prefix the app is mounted under."""
+        return self._redactor.path(path)
 
     def ip_info(self, info: Values) -> Values | None:
         """Return what is kept of what an HTTP country service answered."""
@@ -103,7 +123,10 @@ class Policy:
         """Return what is kept of a Referer header."""
         if self.is_nameless:
             return None
-        return self._redactor.url(url) or None if self._is_full else _host(url)
+        if self._is_full:
+            return self._redactor.url(_uncut(url, "/")) or None
+        host = _host(url)
+        return None if host is None or self._secrets.is_secret_text(host) else host
 
     def username(self, name: str) -> str | None:
         """Return what is kept of a user's name."""
@@ -129,6 +152,17 @@ def shorten(address: str | None) -> str | None:
     kept = int(parsed) >> gone << gone
     # By its own class: a small number of an IPv6 address would be taken for IPv4.
     return str(type(parsed)(kept))
+
+
+def _uncut(text: str, between: str) -> str:
+    """Return a text without its last part if it may have been cut there.
+
+    What is left of a secret would not be known as one: half a token, or a password without its @.
+    """
+    if len(text) not in _CUTS:
+        return text
+    kept, separator, _ = text.rpartition(between)
+    return f"{kept}{separator}{REDACTED}"
 
 
 def _host(url: str) -> str | None:

@@ -8,8 +8,8 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import pairwise, product
-from urllib.parse import unquote
 
+from flask_usage_metrics.enrich.privacy.structure import decodings, holds_userinfo, names_in
 from flask_usage_metrics.errors import ConfigError
 
 REDACTED = "REDACTED"
@@ -17,20 +17,25 @@ REDACTED = "REDACTED"
 
 _CACHED = 2048
 _MAX_NAME = 200
-_DECODINGS = 3
 
 # ------------------------------------------------------------------------ names
 
 _ANYWHERE = (
-    *("token", "secret", "passw", "passphrase", "passcode", "pwd"),
-    *("apikey", "accesskey", "privatekey", "credential", "signature"),
-    *("session", "jwt", "email", "csrf", "xsrf"),
+    *("token", "secret", "passw", "passphrase", "passcode", "pwd", "credential", "signature"),
+    *("apikey", "accesskey", "privatekey", "authkey", "sshkey", "masterkey", "signingkey"),
+    *("encryptionkey", "streamkey", "licensekey", "authcode", "accesscode", "invitecode"),
+    *("pincode", "smscode", "verificationcode", "recoverycode", "mnemonic"),
+    *("session", "sessid", "cookie", "jwt", "saml", "email", "csrf", "xsrf", "hmac", "totp"),
+    *("creditcard", "cardnumber", "cardno", "ccnumber", "accountnumber", "accountno"),
+    *("socialsecurity", "taxid", "passport"),
 )
-# Words only: author, monkey, design, postcode, passenger and shopping are no secrets.
+# Words only: author, monkey, design, postcode, dashboard, taliban and shopping are no secrets.
 _WORDS = frozenset(
     (
-        *("key", "keys", "auth", "code", "sig", "pass", "pin", "otp", "sid"),
-        *("cvv", "cvc", "ssn", "oauth", "bearer", "authorization"),
+        *("key", "keys", "auth", "code", "sig", "pass", "pw", "pin", "puk", "otp", "hotp", "mfa"),
+        *("sid", "sess", "oauth", "bearer", "authorization", "creds", "cred", "nonce", "salt"),
+        *("ticket", "tickets", "invite", "assertion", "card", "cc", "cvv", "cvc", "cvn", "csc"),
+        *("iban", "ssn"),
     )
 )
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # AWSAccessKeyId: AWS, Access, Key, Id
@@ -46,20 +51,6 @@ def _plain(name: str) -> str:
 
 def _squeezed(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
-
-
-_BETWEEN_NAMES = re.compile(r"[&;?#/\s,\"'(){}<>]+")
-_JSON_NAME = re.compile(r'"([^"]{1,200})"\s*:')
-
-
-def _names_in(text: str) -> list[str]:
-    """Return the names of the ``name=value`` and ``"name": value`` pairs in a text."""
-    names = _JSON_NAME.findall(text) if '"' in text else []
-    if "=" in text:
-        # Not by one regular expression: searching for [^=]+= takes quadratic time without "=".
-        for pair in _BETWEEN_NAMES.split(text):
-            names += pair.split("=")[:-1]
-    return names
 
 
 # ------------------------------------------------------------------------ shapes
@@ -167,10 +158,10 @@ _EMAIL = re.compile(r"[^\s@/=&?]@(?!\dx\.)(?:[\w-]+\.)+[^\W\d_]{2}")
 class SecretFinder:
     """Tells what is secret by its name or by its shape.
 
-    Secret names are those of passwords, tokens, keys, signatures, codes and e-mail addresses, in
-    any spelling: ``X-Amz-Signature``, ``apiKey``, ``user[password]``; also ``country_code``, whose
-    ``code`` could be one to log in with. Secret shapes are JSON Web Tokens and random tokens of 24
-    and more characters, which UUIDs and ObjectIds are not.
+    Secret names are those of passwords, tokens, keys, signatures, codes, sessions, cards, accounts
+    and e-mail addresses, in any spelling: ``X-Amz-Signature``, ``apiKey``, ``user[password]``; also
+    ``country_code``, whose ``code`` could be one to log in with. Secret shapes are JSON Web Tokens
+    and random tokens of 24 and more characters, which UUIDs and ObjectIds are not.
 
     Args:
         parts: Parts of names that are secret besides the usual ones (TRACK_USAGE_REDACT); case and
@@ -207,19 +198,33 @@ class SecretFinder:
             or (self._emails and "@" in text and _EMAIL.search(text) is not None)
         )
 
+    def is_secret_encoded_name(self, name: str) -> bool:
+        """Tell whether a percent-encoded name is one of secrets, however often it was encoded."""
+        if "%" not in name and "+" not in name:
+            return self.is_secret_name(name)
+        levels = decodings(name.replace("+", " "))
+        return levels is None or any(map(self.is_secret_name, levels[1:] or levels))
+
     def hides_secret(self, text: str) -> bool:
-        """Tell whether a percent-encoded text holds a secret, by shape or as a pair."""
+        """Tell whether a text holds a secret: by its shape, in a pair, or in a URL's userinfo.
+
+        Args:
+            text: As it is, or percent-encoded, several times even; too many times, and it counts
+                as one that does.
+        """
         if len(text) < _LEAST_RANDOM and text.isalnum():
             return False
-        # More than once: a URL in a URL in a URL is what sign-in pages are sent.
-        for _ in range(_DECODINGS):
-            decoded = unquote(text)
-            if self.is_secret_text(decoded) or any(map(self.is_secret_name, _names_in(decoded))):
-                return True
-            if decoded == text:
-                break
-            text = decoded
-        return False
+        levels = decodings(text)
+        if levels is None:
+            return True
+        # Of an encoded text as it is only userinfo: its password may have a slash that is encoded.
+        return any(map(holds_userinfo, levels)) or any(
+            self.is_secret_text(level) or self.names_secret(level) for level in levels[1:] or levels
+        )
+
+    def names_secret(self, text: str) -> bool:
+        """Tell whether a decoded text has a pair with a secret name."""
+        return any(map(self.is_secret_name, names_in(text)))
 
     def _look_up(self, name: str) -> bool:
         name = _plain(name)
