@@ -123,6 +123,22 @@ def make_private_file(path: Path) -> os.stat_result:
     return check_private_file(path)
 
 
+def make_own_file(path: Path) -> None:
+    """Make an empty file that only its owner may read, whatever the umask; at the end of a link.
+
+    Raises:
+        FileExistsError: There is one, which stays as it is.
+        OSError: It cannot be made.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    os.close(os.open(os.path.realpath(path), flags, 0o600))
+
+
+def owner_only(path: str, flags: int) -> int:
+    """Open a file; one that is made is for its owner only. To be used as `open`'s ``opener``."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
 def try_lock(descriptor: int) -> bool:
     """Take the exclusive ``flock`` unless somebody holds one; closing the file gives it back."""
     try:

@@ -16,6 +16,7 @@ import msgspec
 from flask_usage_metrics.errors import ConfigError, StorageUnavailable
 from flask_usage_metrics.records.query import Filter, Order, as_utc
 from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.runtime.private_files import owner_only
 from flask_usage_metrics.storage.base import Storage
 
 try:
@@ -131,7 +132,7 @@ class JSONLinesStorage(Storage):
             remaining = path.with_name(f".{path.name}.pruned")
             with file:
                 try:
-                    with remaining.open("wb") as kept:
+                    with open(remaining, "wb", opener=owner_only) as kept:
                         for line in file:
                             record = _parse(line)
                             if record is None or not wanted.matches(record):
@@ -181,12 +182,12 @@ class JSONLinesStorage(Storage):
         appending = mode == "a+b"
         while True:
             try:
-                file: IO[bytes] = self._path.open(mode, buffering=0 if appending else -1)
+                file = self._open(mode)
             except FileNotFoundError:
                 if not appending:
                     raise
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                file = self._path.open(mode, buffering=0)
+                file = self._open(mode)
             try:
                 fcntl.flock(file, fcntl.LOCK_SH if mode == "rb" else fcntl.LOCK_EX)
                 if _is_at(self._path, file):
@@ -196,6 +197,10 @@ class JSONLinesStorage(Storage):
                 raise
             # While we waited for the lock, the file was replaced by `delete`, or deleted.
             file.close()
+
+    def _open(self, mode: str) -> IO[bytes]:
+        buffering = 0 if mode == "a+b" else -1
+        return open(self._path, mode, buffering, opener=owner_only)
 
 
 def _index(file: IO[bytes], end: int, wanted: Filter, *, newest_first: bool) -> list[int]:

@@ -115,7 +115,7 @@ def test_a_long_outage_drops_the_oldest_and_counts_them(
         visit(site, 1)
         time.sleep(0.05)
     for _ in range(8):
-        visit(site, 80, "/?text=" + 7000 * "x")
+        visit(site, 80, "/?" + 1000 * "text=x&")
         assert not site.usage.flush(0.1)
     until(lambda: site.account("traces")["dropped"] > 20, True)
     expected = sampled(site)

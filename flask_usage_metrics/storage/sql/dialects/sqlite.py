@@ -6,7 +6,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from sqlalchemy.pool import QueuePool, StaticPool
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.records.query import Every
 from flask_usage_metrics.runtime.fork_gate import FORK_GATE
+from flask_usage_metrics.runtime.private_files import make_own_file
 from flask_usage_metrics.runtime.shown_values import shown
 from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect, Fault, Presence
 from flask_usage_metrics.storage.sql.dialects.columns_in_use import ParameterLayout
@@ -144,9 +145,14 @@ class SQLite(Dialect):
         return "present" if identity else "absent"
 
     def make_room(self) -> None:
-        """Make the folder of the file."""
+        """Make the folder, and the file for its owner only; SQLite gives its logs the same rights.
+
+        An existing file is not opened, which would take away SQLite's locks of this process.
+        """
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                make_own_file(self._file)
 
     def connected(self, connection: sa.Connection, *, create: bool) -> None:
         """Switch a file of our own to a write-ahead log, if somebody is going to write."""
