@@ -213,6 +213,7 @@ class Database:
         if self._dialect is not None:
             with self._dialect.guard():
                 self._start_anew(self._dialect)
+                self._dialect.forget()
 
     def reset_after_fork(self) -> None:
         """Use new connections in this process; those of the parent are left untouched."""
@@ -240,10 +241,16 @@ class Database:
     def _prepare(self, dialect: Dialect, create: bool) -> bool:
         """Create or upgrade the schema, unless it is known to be current; return if it exists."""
         presence = dialect.presence()
-        if presence == "replaced":
+        if presence == "lost" and create:
+            lost = dialect.give_up()
             self._start_anew(dialect)
+            if lost:
+                # Once, for whoever reports it: the next attempt makes another.
+                raise StorageUnavailable(f"{dialect.name}: {lost}; the next is made")
             presence = dialect.presence()
-        if presence == "absent":
+        elif presence == "suspect":
+            self._start_anew(dialect)
+        if presence in ("absent", "lost"):
             if not create:
                 return False
             self._ready_to_read = self._ready_to_write = False

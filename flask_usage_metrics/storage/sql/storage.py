@@ -174,6 +174,7 @@ class SQLStorage(Storage):
             mark_dirty(self._sums, connection, moments, datetime.now(timezone.utc))
 
         self.database.run(insert, create=True, absent=None)
+        dialect.confirm(len(batch))
         if dialect.needs_checkpoint():
             with suppress(StorageError):
                 self.database.run(dialect.checkpoint, create=False, absent=None)

@@ -36,8 +36,9 @@ from flask_usage_metrics.storage.sql.table import Columns, Index
 BUSY_SECONDS = 5.0
 """Seconds to wait for a lock, unless a URL says otherwise."""
 
-Presence = Literal["present", "absent", "replaced"]
-"""Of a database: absent means it has yet to be created, replaced that another one is there now."""
+Presence = Literal["present", "absent", "lost", "suspect"]
+"""Of a database: absent means it has yet to be created, lost that it was there and is no more, even
+if another one is, suspect that it may be damaged."""
 
 
 class Fault(enum.Enum):
@@ -111,6 +112,27 @@ class Dialect(ABC):
     def presence(self) -> Presence:
         """Tell, without connecting, whether the database exists, and is the one it was."""
         return "present"
+
+    def give_up(self) -> str:
+        """Make way for another database after a loss, before all connections are closed.
+
+        Returns:
+            What is lost, as a clause for a message; empty if that was said already.
+
+        Raises:
+            StorageUnavailable: That cannot be done now, or it is not sure yet that it is lost.
+        """
+        return ""
+
+    def forget(self) -> None:  # noqa: B027 - there may be nothing to do
+        """Take whatever database is found next for the right one."""
+
+    def confirm(self, records: int) -> None:  # noqa: B027 - there may be nothing to do
+        """See that records that were committed are in the database that others find.
+
+        Raises:
+            StorageUnavailable: They are not: it was replaced meanwhile.
+        """
 
     def make_room(self) -> None:  # noqa: B027 - there may be nothing to do
         """Make the folder of an absent database, if it has one.

@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 import sqlalchemy as sa
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from flask_usage_metrics.errors import ConfigError
+from flask_usage_metrics.errors import ConfigError, StorageUnavailable
 from flask_usage_metrics.records.query import Every
 from flask_usage_metrics.runtime.fork_gate import FORK_GATE
 from flask_usage_metrics.runtime.private_files import make_own_file
 from flask_usage_metrics.runtime.shown_values import shown
 from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect, Fault, Presence
 from flask_usage_metrics.storage.sql.dialects.columns_in_use import ParameterLayout
+from flask_usage_metrics.storage.sql.dialects.sqlite_file import DatabaseFile
 from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, Columns, to_json, to_text
 
 WAL_BYTES = 64 * 1024 * 1024
@@ -78,7 +79,8 @@ class SQLite(Dialect):
         timeout: float = BUSY_SECONDS,
     ) -> None:
         super().__init__(engine, owned=owned)
-        self._file = file
+        self._file = None if file is None else DatabaseFile(file)
+        self._is_suspect = False
         self._timeout = timeout
         self._layout = ParameterLayout()
         self._inserts: dict[int, str] = {}
@@ -124,7 +126,7 @@ class SQLite(Dialect):
     def reset_after_fork(self) -> None:
         """Forget which file it was, and make the lock anew."""
         self._memory_lock = threading.RLock()
-        self._identity: tuple[int, int] | None = None
+        self.forget()
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -134,15 +136,53 @@ class SQLite(Dialect):
             yield
 
     def presence(self) -> Presence:
-        """Compare the file with the one that was set up, by device and inode."""
+        """Compare the file with the one that was written to."""
         if self._file is None:
             return "present"
-        identity = _identity(self._file)
-        if self._identity is not None and self._identity != identity:
-            # Deleted or replaced: open connections would go on writing to the old file.
-            self._identity = None
-            return "replaced"
-        return "present" if identity else "absent"
+        change = self._file.change()
+        if change == "cut":
+            self._is_suspect = True
+            self._file.forget()
+            return "suspect"
+        if change != "none":
+            return "lost"
+        return "present" if self._file.is_known() or self._file.exists() else "absent"
+
+    def give_up(self) -> str:
+        """Bring what is in the log to the file, wherever that is now, and remove what is left."""
+        if self._file is None:
+            return ""
+        lost = ""
+        try:
+            if self._file.change() == "emptied":
+                self._file.wait_until_sure()
+            else:
+                records = self._file.records
+                lost = f"the file was moved, replaced or deleted, with {records} records of ours"
+                pool = self.engine.pool
+                # Else a connection would be made, and the file with it.
+                if isinstance(pool, QueuePool) and pool.checkedin():
+                    with suppress(sa.exc.DBAPIError), self.connect() as connection:
+                        connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").close()
+            self._file.remove_remains()
+        except StorageUnavailable as error:
+            raise StorageUnavailable(f"{self.name}: {error}") from None
+        self.forget()
+        return lost
+
+    def forget(self) -> None:
+        """Forget which file it was."""
+        if self._file is not None:
+            self._file.forget()
+
+    def confirm(self, records: int) -> None:
+        """Look whether the file is still there, and note how long it is."""
+        if self._file is None:
+            return
+        if self._file.change() in ("gone", "replaced", "emptied"):
+            raise StorageUnavailable(f"{self.name}: the file was replaced meanwhile")
+        self._file.note()
+        self._file.records += records
 
     def make_room(self) -> None:
         """Make the folder, and the file for its owner only; SQLite gives its logs the same rights.
@@ -150,12 +190,16 @@ class SQLite(Dialect):
         An existing file is not opened, which would take away SQLite's locks of this process.
         """
         if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
-                make_own_file(self._file)
+                make_own_file(self._file.path)
 
     def connected(self, connection: sa.Connection, *, create: bool) -> None:
         """Switch a file of our own to a write-ahead log, if somebody is going to write."""
+        if self._is_suspect:
+            if connection.exec_driver_sql("PRAGMA quick_check(1)").scalar() != "ok":
+                raise StorageUnavailable(f"{self.name}: the file was cut off: replace it")
+            self._is_suspect = False
         if not (create and self.owned and self._file is not None):
             return
         deadline = time.monotonic() + self._timeout
@@ -172,9 +216,9 @@ class SQLite(Dialect):
             time.sleep(0.02)
 
     def set_up(self) -> None:
-        """Note the device and inode of the file."""
+        """Note which file it is."""
         if self._file is not None:
-            self._identity = _identity(self._file)
+            self._file.note()
 
     @contextmanager
     def lock(
@@ -293,11 +337,7 @@ class SQLite(Dialect):
         self._writes += 1
         if self._file is None or self._writes % _WRITES_A_LOOK:
             return False
-        log = self._file.with_name(f"{self._file.name}-wal")
-        try:
-            return log.stat().st_size > WAL_BYTES
-        except FileNotFoundError:
-            return False
+        return self._file.log_bytes() > WAL_BYTES
 
     def checkpoint(self, connection: sa.Connection) -> None:
         """Empty the log, after waiting a second at most for those that read from it."""
@@ -354,8 +394,7 @@ class SQLite(Dialect):
 
     def distrusts(self, error: sa.exc.DBAPIError) -> bool:
         """Distrust a file unless it is merely locked: it may be repaired or replaced meanwhile."""
-        is_used = self._identity is not None and _is_locked(error)
-        return self._file is not None and not is_used
+        return self._file is not None and not (self._file.is_known() and _is_locked(error))
 
 
 def _configure_connection(connection: sqlite3.Connection, _: Any) -> None:
@@ -365,14 +404,6 @@ def _configure_connection(connection: sqlite3.Connection, _: Any) -> None:
     # Also while inserting, where it costs nothing: SQLite moves rows to other pages, and without it
     # leaves more copies behind.
     connection.execute("PRAGMA secure_delete=ON").close()
-
-
-def _identity(file: Path) -> tuple[int, int] | None:
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _is_locked(error: sa.exc.DBAPIError) -> bool:
