@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from time import monotonic
 from typing import Protocol
@@ -36,6 +38,11 @@ _PAUSE_SECONDS = 1.0
 """Seconds after a failed sync before the shared file is tried again."""
 
 
+_REGISTRIES: defaultdict[str, Iterator[int]] = defaultdict(count)
+"""Numbers registries in the order in which apps are set up, the same in each worker: the totals of
+two in one process, such as in tests, must not be added together."""
+
+
 class CountedJournal(Protocol):
     """The part of a `JournalFile` that totals know: how far it was counted.
 
@@ -60,11 +67,14 @@ class Totals:
 
     Attributes:
         state: Where the apps keep what their processes share; None: no app has joined.
+        key: Text that those of the other workers have too: shape, and number among the registries
+            of this process that have the same shape and place.
     """
 
     def __init__(self, shape: Shape, version: str) -> None:
         self.shape = shape
         self.state: StateDir | None = None
+        self.key = ""
         self._version = version
         self._apps = 0
         self._sources: WeakSet[GaugeSource] = WeakSet()
@@ -100,6 +110,8 @@ class Totals:
         """
         if self.state is None:
             self.state = state
+            shared = f"{self.shape} {state.places} {state.name}"
+            self.key = f"{self.shape} {next(_REGISTRIES[shared])}"
         key = f"{app} {self._apps} {' '.join(storages)}"
         self._apps += 1
         return key

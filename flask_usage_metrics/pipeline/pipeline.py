@@ -14,6 +14,7 @@ from flask_usage_metrics.pipeline.worker import WorkerThread
 from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
+from flask_usage_metrics.runtime.servers import this_server
 
 _GRACE_SECONDS = 0.05
 _DRAIN_SECONDS = 1.0
@@ -59,7 +60,7 @@ class Pipeline:
 
     def _start_anew(self) -> None:
         self._lock = threading.Lock()
-        self._ends = False
+        self._multiprocess = self._ends = False
         self._has_worker = self._is_urgent = True
 
     def reset_after_fork(self) -> None:
@@ -87,8 +88,9 @@ class Pipeline:
                 has_threads = bool(getattr(sys.modules.get("uwsgi"), "has_threads", True))
                 self._has_worker = has_threads and not ends
                 self._is_urgent = self._inline or not self._has_worker
-                self._processor.open(multiprocess=multiprocess)
-        return self._wake_if_asleep if multiprocess and self._has_worker else None
+                self._multiprocess = multiprocess
+                self._processor.open(this_server(multiprocess=multiprocess))
+        return self._wake_if_asleep if self._processor.is_shared and self._has_worker else None
 
     def _wake_if_asleep(self) -> None:
         """Tell the other workers, within half a second, that a request is being answered."""
@@ -98,7 +100,7 @@ class Pipeline:
     def submit(self, observation: Observation) -> None:
         """Take an observation; returns at once, unless delivery is inline."""
         if not self._processor.is_open:  # it was closed
-            self.start(self._processor.is_shared, self._ends)
+            self.start(self._multiprocess, self._ends)
         if not self._journal.append(observation):
             self._processor.losses.drop(observation)
             self._faults.report("journal", "no room", "a request was not counted")

@@ -22,6 +22,7 @@ from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
+from flask_usage_metrics.runtime.servers import Server
 
 METRICS_SINK = "metrics"
 """Value of the label ``sink`` for the totals behind the metrics themselves."""
@@ -56,7 +57,7 @@ class Processor:
     Attributes:
         losses: Requests that never become records, until the next batch tells the sinks of them.
         is_open: Whether this process is in its worker group: from `open` until `close` or a fork.
-        is_shared: Whether the server has other processes for the same app.
+        is_shared: Whether the server may have other processes for the same app.
     """
 
     def __init__(
@@ -99,14 +100,14 @@ class Processor:
         self.losses.reset_after_fork()
         self._start_anew()
 
-    def open(self, *, multiprocess: bool) -> None:
+    def open(self, server: Server) -> None:
         """Join the worker group, and open the journal file and the spools.
 
         Args:
-            multiprocess: Whether the server has other processes for the same app (PEP 3333).
+            server: Of this process.
         """
-        self.is_open, self.is_shared = True, multiprocess
-        file = self._worker_group.join(self._enricher.origin, multiprocess=multiprocess)
+        self.is_open, self.is_shared = True, server.is_shared
+        file = self._worker_group.join(self._enricher.origin, server)
         self._checkpoints.own.file = file
         self._journal.open(file)
         for sink in self._sinks:

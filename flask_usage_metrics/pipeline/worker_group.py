@@ -15,9 +15,11 @@ from flask_usage_metrics.records.observation import Origin
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.private_files import StateUnavailable
-from flask_usage_metrics.runtime.processes import process_key, server_key
-from flask_usage_metrics.runtime.server_runs import ServerRun, dead_runs, remove_run
+from flask_usage_metrics.runtime.server_runs import ServerRun, dead_runs, join_run, remove_run
+from flask_usage_metrics.runtime.servers import Server
 from flask_usage_metrics.runtime.state_dir import StateDir, digest
+
+TOTALS = "totals.sqlite3"
 
 _GROUP_SECONDS = 0.5
 _DEAD_RUNS_SECONDS = 60.0
@@ -55,32 +57,26 @@ class WorkerGroup:
         self._server_run: ServerRun | None = None
         self._group_due = self._dead_runs_due = 0.0
 
-    def join(self, origin: Origin, *, multiprocess: bool) -> JournalFile | None:
+    def join(self, origin: Origin, server: Server) -> JournalFile | None:
         """Join the server run, share the totals with its workers, and make a journal file.
 
         Args:
             origin: This process.
-            multiprocess: Whether the server has other processes for the same app (PEP 3333).
+            server: Of this process.
 
         Returns:
             None if there is no place for a file; that is reported.
         """
-        shape = f"{self._totals.shape}"
         try:
             if self._state is None:
                 raise StateUnavailable("none is configured")
-            home = self._state.home()
-            if multiprocess:
-                run = ServerRun(home, f"{server_key()} {shape}", os.getppid())
-            else:
-                run = ServerRun(home, f"{process_key()} {shape}", os.getpid())
-            run.join()
+            run = join_run(self._state, server, self._totals.key)
             self._server_run = run
-            if multiprocess:
-                self._totals.share(run.folder / "totals.sqlite3")
+            if server.is_shared:
+                self._totals.share(run.folder / TOTALS)
         except (OSError, StateUnavailable) as error:
             self._complain(error)
-            if multiprocess:
+            if server.is_shared:
                 self._totals.stay_alone()
             return None
         try:

@@ -6,19 +6,16 @@ import os
 from pathlib import Path
 
 
-def server_key() -> str:
-    """Return a text that the worker processes of one server share, and no others.
+def system_name() -> str:
+    """Return a text that names this boot of this machine, and the namespaces of this container.
 
-    It names their parent (by boot, id and start time) and their process group, which a supervisor
-    gives each server it starts.
+    Process ids and addresses of another one mean something else.
     """
-    parent = os.getppid()
-    return f"{_boot_id()} {parent} {started(parent)} {os.getpgid(0)}"
-
-
-def process_key() -> str:
-    """Return a text that only this process has."""
-    return f"{_boot_id()} {os.getpid()} {started(os.getpid())} alone"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return " ".join([boot, *map(_namespace, ("net", "pid"))])
 
 
 def started(pid: int) -> str:
@@ -52,8 +49,9 @@ def is_alive(pid: int, since: str) -> bool:
     return True
 
 
-def _boot_id() -> str:
+def _namespace(kind: str) -> str:
+    """Return a text that the processes of one container have in common."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return os.readlink(f"/proc/self/ns/{kind}")  # noqa: PTH115 - it is no path
     except OSError:
         return ""

@@ -22,8 +22,9 @@ from flask_usage_metrics.runtime.private_files import (
     open_private,
     try_lock,
 )
-from flask_usage_metrics.runtime.processes import is_alive, started
-from flask_usage_metrics.runtime.state_dir import digest
+from flask_usage_metrics.runtime.run_notes import RunNote
+from flask_usage_metrics.runtime.servers import Server
+from flask_usage_metrics.runtime.state_dir import StateDir, digest
 
 LOCK = "lock"
 
@@ -35,28 +36,31 @@ _STALE_SECONDS = 30 * 86_400.0
 """Age at which a journal that nobody recovered may be deleted: its app is gone, or its settings
 changed."""
 
+_FOREIGN_SECONDS = 600.0
+"""Age at which a run of another container or machine counts as dead when it has no members: whether
+somebody there would start more cannot be seen from here."""
+
 _RUN = re.compile(r"g-[0-9a-f]{16}")
 _OWN_FILE = re.compile(r"lock|totals\.sqlite3(-wal|-shm|-journal)?|[0-9a-f]{16}\.journal")
 
 
 class ServerRun:
-    """One run of the server, which this process may be a member of.
+    """One run of a server, which this process may be a member of.
 
     A member holds a shared ``flock``, which the kernel gives back however a process ends. A run is
     dead when it has no members and the process that would start more has ended.
 
     Args:
-        home: The app's folder.
-        key: Text that the members have in common, such as `processes.server_key`.
-        starter: Id of the process that starts members: their parent, or the only member itself.
+        folder: See the attribute.
+        note: Of this process.
 
     Attributes:
         folder: Where the members keep the files they share; it exists once one has joined.
     """
 
-    def __init__(self, home: Path, key: str, starter: int) -> None:
-        self.folder = home / f"g-{digest(key)}"
-        self._starter = starter
+    def __init__(self, folder: Path, note: RunNote) -> None:
+        self.folder = folder
+        self._note = note
         self._close: finalize[..., Any] | None = None
 
     def join(self) -> None:
@@ -79,7 +83,7 @@ class ServerRun:
             close.atexit = False  # the pipeline ends later, by an exit handler of its own
             is_held = lock_shared(descriptor, deadline)
             if is_held and is_still(self.folder / LOCK, descriptor):
-                os.pwrite(descriptor, f"{self._starter} {started(self._starter)}\n".encode(), 0)
+                self._note.write(descriptor)
                 self._close = close
             else:
                 close()
@@ -93,8 +97,40 @@ class ServerRun:
     def end(self) -> None:
         """Stop being a member, and remove the folder if this process started the run."""
         self.release()
-        if self._starter == os.getpid():
+        if self._note.starter == str(os.getpid()):
             remove_run(self.folder, starter_ends=True)
+
+
+def join_run(state: StateDir, server: Server, key: str) -> ServerRun:
+    """Join the run of a server, which the first of its workers makes; blocks some seconds at most.
+
+    Args:
+        state: Of the app. A run is looked for in all its places, as the first one may have been of
+            no use when the first worker came.
+        server: Of this process.
+        key: Text that the members have in common beside a name of the server.
+
+    Raises:
+        OSError: No folder can be used, or a lock is held for longer than a second.
+        StateUnavailable: None of the places can be used.
+    """
+    home = state.home()
+    note = RunNote.of(server, key)
+    with _one_by_one(home):
+        found = [folder for folder, known in living_runs(state.homes()) if known.is_of(note)]
+        run = ServerRun(found[0] if found else home / f"g-{digest(repr(note))}", note)
+        run.join()
+    return run
+
+
+def living_runs(homes: Iterable[Path]) -> list[tuple[Path, RunNote]]:
+    """Return the folders of an app's runs that are not dead, and their notes."""
+    found = []
+    for folder in _folders(homes):
+        with suppress(OSError, StateUnavailable), _held(folder) as (note, is_dead):
+            if not is_dead:
+                found.append((folder, note))
+    return found
 
 
 def dead_runs(homes: Iterable[Path], own: Path) -> Iterator[Path]:
@@ -104,15 +140,10 @@ def dead_runs(homes: Iterable[Path], own: Path) -> Iterator[Path]:
         homes: See `StateDir.homes`.
         own: Folder of this process's run, which is skipped.
     """
-    for home in homes:
-        folders: list[Path] = []
-        with suppress(OSError):  # somebody may remove it meanwhile
-            folders = sorted(home.iterdir())
-        for folder in folders:
-            if folder == own or not _RUN.fullmatch(folder.name):
-                continue
-            with suppress(OSError, StateUnavailable), _held(folder) as dead:
-                if dead:
+    for folder in _folders(homes):
+        if folder != own:
+            with suppress(OSError, StateUnavailable), _held(folder) as (_, is_dead):
+                if is_dead:
                     yield folder
 
 
@@ -123,8 +154,10 @@ def remove_run(folder: Path, *, starter_ends: bool = False) -> None:
         folder: Of the run.
         starter_ends: Whether the process that started it counts as ended already.
     """
-    with suppress(OSError, StateUnavailable), _held(folder, starter_ends) as dead:
-        if not dead or any(_is_wanted(path) for path in folder.glob("*.journal")):
+    with suppress(OSError, StateUnavailable), _held(folder, starter_ends) as (note, is_dead):
+        if not is_dead or any(_is_wanted(path) for path in folder.glob("*.journal")):
+            return
+        if note.is_foreign() and _age_seconds(folder / LOCK) < _FOREIGN_SECONDS:
             return
         for path in folder.iterdir():
             if _OWN_FILE.fullmatch(path.name):
@@ -132,14 +165,46 @@ def remove_run(folder: Path, *, starter_ends: bool = False) -> None:
         folder.rmdir()
 
 
+def _folders(homes: Iterable[Path]) -> Iterator[Path]:
+    for home in homes:
+        folders: list[Path] = []
+        with suppress(OSError):  # somebody may remove it meanwhile
+            folders = sorted(home.iterdir())
+        yield from (folder for folder in folders if _RUN.fullmatch(folder.name))
+
+
 def _is_wanted(journal: Path) -> bool:
     """Tell whether a journal may still be recovered."""
-    return time.time() - journal.lstat().st_mtime < _STALE_SECONDS
+    return _age_seconds(journal) < _STALE_SECONDS
+
+
+def _age_seconds(path: Path) -> float:
+    return time.time() - path.lstat().st_mtime
 
 
 @contextmanager
-def _held(folder: Path, starter_ends: bool = False) -> Iterator[bool]:
-    """Keep processes from joining a run inside the block; yield whether it is dead.
+def _one_by_one(home: Path) -> Iterator[None]:
+    """Let one process at a time look for a run and make one; nobody waits for longer than a second.
+
+    Whoever does not get the lock goes on: workers make a folder of the same name unless each
+    listens at an address of its own besides.
+
+    Raises:
+        OSError: The lock's file cannot be used.
+    """
+    descriptor = open_private(home / "joining")
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not try_lock(descriptor) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _held(folder: Path, starter_ends: bool = False) -> Iterator[tuple[RunNote, bool]]:
+    """Keep processes from joining a run inside the block; yield its note, and whether it is dead.
 
     Raises:
         OSError: It is no run, or gone.
@@ -149,11 +214,8 @@ def _held(folder: Path, starter_ends: bool = False) -> Iterator[bool]:
     lock = folder / LOCK
     descriptor = open_existing(lock)
     try:
-        if not (try_lock(descriptor) and is_still(lock, descriptor)):
-            yield False
-            return
-        starter = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip()
-        pid, _, since = starter.partition(" ")
-        yield starter_ends or not (pid.isdecimal() and is_alive(int(pid), since))
+        note = RunNote.read(descriptor)
+        is_free = try_lock(descriptor) and is_still(lock, descriptor)
+        yield note, is_free and (starter_ends or not note.starter_lives())
     finally:
         os.close(descriptor)

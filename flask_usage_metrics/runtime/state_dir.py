@@ -24,12 +24,15 @@ class StateDir:
     Args:
         places: Folders, in order of preference.
         app: Text that no other app in the same place has.
+
+    Attributes:
+        name: Of the app's folder.
     """
 
     def __init__(self, places: Sequence[Path], app: str) -> None:
         self.places = tuple(places)
         slug = re.sub(r"[^A-Za-z0-9]+", "-", app)[:24].strip("-") or "app"
-        self._name = f"{slug}-{digest(app)}"
+        self.name = f"{slug}-{digest(app)}"
 
     def home(self) -> Path:
         """Return the app's folder, made if need be, for this user only.
@@ -42,7 +45,7 @@ class StateDir:
         for place in self.places:
             try:
                 make_private(place)
-                return make_private(place / self._name)
+                return make_private(place / self.name)
             except StateUnavailable as error:
                 reason = str(error)
         raise StateUnavailable(reason)
@@ -50,7 +53,7 @@ class StateDir:
     def homes(self) -> Iterator[Path]:
         """Yield the app's folders that exist in any of the places and only this user may write."""
         for place in self.places:
-            home = place / self._name
+            home = place / self.name
             with suppress(StateUnavailable):
                 check_private(place)
                 check_private(home)
@@ -58,14 +61,17 @@ class StateDir:
 
 
 def default_places(instance: Path) -> list[Path]:
-    """Return where state is kept unless configured: in the instance folder if there is one.
+    """Return where state is kept unless configured, for all processes of an app the same.
 
-    Else in a folder of this user among the system's temporary files: an app that never had an
-    instance folder does not get one.
+    In the instance folder, or, where that cannot be made or written, in a folder of this user among
+    the system's temporary files. It does not matter whether the instance folder exists now: some
+    workers may start before it does, and others later.
     """
     user = os.getuid() if hasattr(os, "getuid") else ""
-    temporary = Path(tempfile.gettempdir(), f"flask-usage-metrics-{user}")
-    return [instance / "usage-state", temporary] if instance.is_dir() else [temporary]
+    return [
+        instance / "usage-state",
+        Path(tempfile.gettempdir(), f"flask-usage-metrics-{user}"),
+    ]
 
 
 def digest(text: str) -> str:

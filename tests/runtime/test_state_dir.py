@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from helpers.front_door import Site, samples
-from helpers.process import run_python
 
 from flask_usage_metrics.runtime.private_files import (
     StateUnavailable,
 )
-from flask_usage_metrics.runtime.processes import process_key, server_key
-from flask_usage_metrics.runtime.server_runs import ServerRun, dead_runs, remove_run
+from flask_usage_metrics.runtime.run_notes import RunNote
+from flask_usage_metrics.runtime.server_runs import ServerRun, dead_runs, join_run, remove_run
+from flask_usage_metrics.runtime.servers import Server
 from flask_usage_metrics.runtime.state_dir import StateDir, default_places
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -76,11 +76,14 @@ def test_what_is_planted_is_not_used(
     place = tmp_path / "place"
     state = StateDir([place], "shop")
     home = state.home()
-    folder = {"place": place, "home": home, "run": ServerRun(home, "key", 1).folder}[where]
+    server = Server(frozenset(["a"]), 1)
+    run = join_run(state, server, "key")
+    run.release()
+    folder = {"place": place, "home": home, "run": run.folder}[where]
     shutil.rmtree(folder, ignore_errors=True)
     plant(folder)
     with pytest.raises(StateUnavailable) as caught:
-        ServerRun(state.home(), "key", 1).join()
+        join_run(state, server, "key")
     assert str(tmp_path) not in str(caught.value)
     if where != "run":
         assert list(state.homes()) == []
@@ -111,7 +114,7 @@ def test_a_planted_place_harms_no_request(
 
 
 def test_a_planted_lock_is_not_followed(tmp_path: Path, home: Path) -> None:
-    run = ServerRun(home, "key", 1)
+    run = ServerRun(home / f"g-{'0' * 16}", RunNote())
     run.folder.mkdir(mode=0o700)
     target = tmp_path / "target"
     target.write_text("precious")
@@ -156,36 +159,23 @@ def test_nothing_is_made_before_the_first_request(
     assert not list(place.glob("*/g-*"))  # a process of its own leaves nothing
 
 
-def test_no_instance_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_place_does_not_depend_on_what_exists_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     temporary = tmp_path / "tmp" / f"flask-usage-metrics-{os.getuid()}"
     instance = tmp_path / "instance"
-    assert default_places(instance) == [temporary]
+    before = default_places(instance)
     instance.mkdir()
-    assert default_places(instance) == [instance / "usage-state", temporary]
+    assert before == default_places(instance) == [instance / "usage-state", temporary]
 
 
 # ------------------------------------------------------------------------ runs
 
 
-def test_keys_and_apps_are_separate(tmp_path: Path, home: Path) -> None:
-    assert ServerRun(home, "one", 1).folder != ServerRun(home, "two", 1).folder
-    assert ServerRun(home, "one", 1).folder == ServerRun(home, "one", 2).folder
+def test_apps_are_separate(tmp_path: Path) -> None:
     homes = {
         StateDir([tmp_path / "place"], app).home() for app in ("shop", "shop!", "/", "é", "\0")
     }
     assert len(homes) == 5
     assert all(path.parent == tmp_path / "place" for path in homes)
-    assert server_key() == server_key()
-    assert server_key() != process_key()
-    code = (
-        "from flask_usage_metrics.runtime.processes import process_key, server_key\n"
-        "print(server_key())\nprint(process_key())"
-    )
-    keys = [
-        run_python(code, start_new_session=session).stdout.splitlines()
-        for session in (False, False, True)
-    ]
-    assert keys[0][0] == keys[1][0]  # children of one parent
-    assert keys[0][0] != keys[2][0]  # but in a process group of its own
-    assert len({key[1] for key in keys}) == 3
