@@ -37,20 +37,23 @@ def set_up(who: str, app: Flask, batch: int) -> Flush | None:
 
 
 @contextmanager
-def fresh_processes(module: str) -> Iterator[Callable[..., dict[str, Any]]]:
+def fresh_processes(module: str, *, quick: bool) -> Iterator[Callable[..., dict[str, Any]]]:
     """Lend what runs a module in a process of its own and returns the JSON object it prints.
 
     The first run of each kind compiles, and is not to be counted.
 
     Args:
         module: Of this package.
+        quick: Whether nobody reads the figures: nothing is compiled for them then.
     """
     # Byte code is there, as for any installed package: compiling would take thrice as long as
     # importing, and leave twice the memory. In a folder of its own, for it may be switched off,
     # or its usual place not be writable.
     with tempfile.TemporaryDirectory() as bytecode:
-        environment = {**os.environ, "PYTHONPYCACHEPREFIX": bytecode, "PYTHONHASHSEED": "0"}
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        if not quick:
+            environment["PYTHONPYCACHEPREFIX"] = bytecode
 
         def run(*arguments: str) -> dict[str, Any]:
             command = [sys.executable, "-m", f"{__package__}.{module}", *arguments]

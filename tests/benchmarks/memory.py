@@ -47,9 +47,10 @@ def measure(quick: bool) -> list[Figure]:
         "forked": (WHO, ("--forked",)),
         "full": (WITH_METRICS, ("--label-sets", str(label_sets))),
     }
-    with fresh_processes("memory") as run, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with fresh_processes("memory", quick=quick) as run, ThreadPoolExecutor(os.cpu_count()) as pool:
         # Leaves byte code.
-        list(pool.map(lambda who: run(who, "--label-sets", "10", "--with-libraries"), WHO))
+        firsts = () if quick else WHO
+        list(pool.map(lambda who: run(who, "--label-sets", "10", "--with-libraries"), firsts))
         running = {
             (how, who): [pool.submit(run, who, *arguments) for _ in range(processes)]
             for how, (everybody, arguments) in asked.items()
