@@ -129,7 +129,10 @@ class Process(subprocess.Popen[str]):
 def environment(**more: str) -> dict[str, str]:
     """Return this process's environment for a program that may import what the tests import."""
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+    ours = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+    # Else each of hundreds of programs compiles the package anew.
+    ours.pop("PYTHONDONTWRITEBYTECODE", None)
+    return ours
 
 
 def start_python(

@@ -45,9 +45,27 @@ RANGES: list[tuple[datetime | None, datetime | None]] = [
     (MONDAY + 2 * DAY, MONDAY + 2 * DAY + 3 * HOUR),
     (NOW + 40 * DAY, None),
 ]
+HOURS = (0, 4, 5, 6, 9, 17, 23)
+"""Of each day: with each edge of these ranges between two of them, or within one."""
 UNEVEN = [(MONDAY + 17 * HOUR + timedelta(seconds=1234.5), MONDAY + 81.9 * HOUR)]
 """From and to within an hour: exact only where there are rows."""
 CONDITIONS = {"status_class": "5xx", "country": ["NL", None]}
+Question = tuple[Sequence[str], Any, dict[str, Any]]
+"""Fields, period and conditions of a summary."""
+TELLING: list[Question] = [
+    ((), None, {}),
+    (DIMENSIONS, "hour", {}),
+    (DIMENSIONS, "day", {}),
+    (("endpoint",), "month", CONDITIONS),
+]
+"""Summaries of both tables of sums, in total and one by one, that differ if any sum is wrong."""
+BY_ENDPOINT: list[Question] = [(("endpoint",), every, {}) for every in (None, "hour", "day")]
+ALL: list[Question] = [
+    (fields, every, conditions)
+    for fields in ((), ("endpoint",), DIMENSIONS)
+    for every in (None, "hour", "day", "month")
+    for conditions in (({}, CONDITIONS) if fields else ({},))
+]
 EVENTS = ["write", "write late", "maintain", "keep", "prune", "erase"]
 _serial = itertools.count(1)
 
@@ -67,10 +85,15 @@ def visit(moment: datetime, rng: random.Random) -> UsageRecord:
     )
 
 
-def visits(count: int, seed: int = 1, *, days: float = 5) -> list[UsageRecord]:
+def visits(
+    count: int, seed: int = 1, *, days: float = 5, hours: Sequence[int] = HOURS
+) -> list[UsageRecord]:
+    """Make records of these hours of the first days."""
     rng = random.Random(seed)
+    starts = [number for number in range(int(24 * days)) if number % 24 in hours]
     return [
-        visit(MONDAY + timedelta(seconds=rng.uniform(0, days * 86_400)), rng) for _ in range(count)
+        visit(MONDAY + timedelta(seconds=3_600 * (rng.choice(starts) + rng.random())), rng)
+        for _ in range(count)
     ]
 
 
@@ -84,19 +107,17 @@ def assert_sums(
     storage: SQLStorage,
     records: Sequence[UsageRecord],
     ranges: Sequence[tuple[datetime | None, datetime | None]] = RANGES,
-    groupings: Sequence[Sequence[str]] = ((), ("endpoint",), DIMENSIONS),
+    questions: Sequence[Question] = TELLING,
 ) -> None:
     """Assert that summaries are those of these records."""
     for since, end in ranges:
-        for fields in groupings:
-            for every in (None, "hour", "day", "month"):
-                for conditions in ({}, CONDITIONS) if fields else ({},):
-                    wanted = storage.wanted(since, end, dict(conditions))
-                    expected = summarize_records(
-                        filter(wanted.matches, records), fields, every, storage.bounds
-                    )
-                    found = storage.summarize(fields, since, end, every=every, **conditions)
-                    assert plain(found) == plain(expected), (since, end, fields, every)
+        for fields, every, conditions in questions:
+            wanted = storage.wanted(since, end, dict(conditions))
+            expected = summarize_records(
+                filter(wanted.matches, records), fields, every, storage.bounds
+            )
+            found = storage.summarize(fields, since, end, every=every, **conditions)
+            assert plain(found) == plain(expected), (since, end, fields, every)
 
 
 def plain(summaries: Sequence[Summary]) -> list[Any]:
@@ -143,7 +164,7 @@ def test_they_are_what_the_rows_are(storage: SQLStorage) -> None:
     assert_sums(storage, records)
     assert not any(one.rolled_up for one in storage.summarize())
     maintain(storage)
-    assert_sums(storage, records, [*RANGES, *UNEVEN])
+    assert_sums(storage, records, [*RANGES, *UNEVEN], ALL)
     assert all(one.rolled_up for one in storage.summarize())
     assert not any(one.rolled_up for one in storage.summarize(("path",)))
     assert not any(one.rolled_up for one in storage.summarize(visitors=True))
@@ -249,7 +270,7 @@ def test_any_order_of_events_leaves_them_right(database: str, seed: int, events:
                 gone = {record.id for record in storage.records(username="ann")}
                 storage.erase(username="ann")
                 counted = [record for record in counted if record.id not in gone]
-            assert_sums(storage, counted, [(None, None)], groupings=[("endpoint",)])
+            assert_sums(storage, counted, [(None, None)], BY_ENDPOINT)
 
 
 def test_what_was_pruned_leaves_the_write_ahead_log_too(tmp_path: Path) -> None:
@@ -409,7 +430,7 @@ print("done", flush=True)
 
 @pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_them_right(database: str) -> None:
-    records = visits(400, days=2.5)
+    records = visits(400, days=2.5, hours=range(24))
     with storage_in(database) as storage:
         storage.write(records)
         rng = random.Random(5)
@@ -425,7 +446,7 @@ def test_a_kill_at_any_moment_leaves_them_right(database: str) -> None:
                     kills += 1
                     process.kill()
                 said += process.stdout.read()
-            assert_sums(storage, records, [(None, None)], groupings=[("endpoint",)])
+            assert_sums(storage, records, [(None, None)], BY_ENDPOINT)
         assert kills > 2
         assert 0 < storage.count() < 300
 
