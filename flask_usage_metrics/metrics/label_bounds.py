@@ -5,8 +5,6 @@ from __future__ import annotations
 from flask_usage_metrics.metrics.families import LabelValues
 from flask_usage_metrics.metrics.names import (
     FOLDED,
-    METHODS,
-    OTHER_METHOD,
     OTHER_STATUS,
     REQUEST_LABELS,
     UNKNOWN_COUNTRY,
@@ -14,6 +12,7 @@ from flask_usage_metrics.metrics.names import (
 )
 from flask_usage_metrics.metrics.series import Series, Table
 from flask_usage_metrics.metrics.shape import Shape
+from flask_usage_metrics.records.methods import METHODS, OTHER_METHOD
 
 Combination = tuple[str, str | None, int, str | None, str]
 """Method, endpoint, status, country and client of a record."""

@@ -21,12 +21,7 @@ LABELS = (
     "version",
 )
 
-METHODS = frozenset(
-    ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
-)
-"""RFC 9110, section 9, and PATCH of RFC 5789."""
-
-OTHER_METHOD = OTHER_STATUS = "_OTHER"
+OTHER_STATUS = "_OTHER"
 UNMATCHED = "__unmatched__"
 UNKNOWN_COUNTRY = "ZZ"
 FOLDED = "__other__"

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from flask_usage_metrics.records.methods import METHODS, OTHER_METHOD
 from flask_usage_metrics.records.query import Every, truncate
 from flask_usage_metrics.records.record import UsageRecord
 
@@ -21,7 +22,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Sums over the records of one group.
 
     Attributes:
-        group: The value of each field grouped by.
+        group: The value of each field grouped by; ``"_OTHER"`` for all methods but HTTP's nine,
+            of which strangers can make up any number.
         start: Start of the hour, day or month (aware UTC); None when not asked for.
         requests: Number of records.
         errors: Number of these with a 5xx status (`UsageRecord.is_server_error`).
@@ -64,7 +66,7 @@ def summarize_records(
     sums: dict[tuple[Any, ...], _Sums] = {}
     for record in records:
         start = truncate(record.started_at, every) if every else None
-        key = (start, *(getattr(record, field) for field in fields))
+        key = (start, *(_group_value(record, field) for field in fields))
         group = sums.get(key)
         if group is None:
             group = sums[key] = _Sums([0] * (len(bounds) + 1), set())
@@ -87,6 +89,11 @@ def summarize_records(
         for key, group in sums.items()
     ]
     return sorted(summaries, key=summary_order)
+
+
+def _group_value(record: UsageRecord, field: str) -> Any:
+    value = getattr(record, field)
+    return OTHER_METHOD if field == "method" and value not in METHODS else value
 
 
 class _Sums(msgspec.Struct):

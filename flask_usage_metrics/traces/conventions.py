@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from flask_usage_metrics.metrics.names import METHODS, OTHER_METHOD
+from flask_usage_metrics.records.methods import METHODS, OTHER_METHOD
 from flask_usage_metrics.records.record import UsageRecord
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"

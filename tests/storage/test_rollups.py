@@ -74,7 +74,7 @@ def visit(moment: datetime, rng: random.Random) -> UsageRecord:
     return make_record(
         started_at=moment,
         endpoint=rng.choice(["cart", "home", None]),
-        method=rng.choice(["GET", "POST"]),
+        method=rng.choice(["GET", "POST", "POST", "get", "BREW", "_OTHER"]),
         status=rng.choice([200, 200, 404, 500, 503]),
         country=rng.choice(["NL", "DE", None]),
         client=rng.choice(["human", "script"]),
@@ -186,6 +186,50 @@ def test_they_stay_when_the_rows_are_pruned(storage: SQLStorage) -> None:
     assert_sums(storage, records)
     maintain(storage)
     assert_sums(storage, records)
+
+
+def test_methods_that_strangers_make_up_are_one(storage: SQLStorage) -> None:
+    moment = MONDAY + timedelta(minutes=5)
+    records = [make_record(started_at=moment, method=f"X{number}") for number in range(300)]
+    records.append(make_record(started_at=moment))
+    storage.write(records)
+    maintain(storage)
+    assert rows(storage, "flask_usage_hourly") == rows(storage, "flask_usage_daily") == 2
+    assert_sums(storage, records)
+    # Which they were is told by the rows.
+    assert [summary.requests for summary in storage.summarize(method="X7")] == [1]
+    assert [summary.group for summary in storage.summarize("method", method=["X7", "X8"])] == [
+        {"method": "_OTHER"}
+    ]
+    assert storage.count(method="X7") == 1
+    assert [one.requests for one in storage.summarize(method=["GET"])] == [1]
+    maintain(storage, keep=DAY)
+    assert storage.count() == 0
+    by_method = {one.group["method"]: one.requests for one in storage.summarize("method")}
+    assert by_method == {"_OTHER": 300, "GET": 1}
+
+
+def test_sums_of_older_versions_that_kept_every_method_are_read(storage: SQLStorage) -> None:
+    records = visits(200)
+    storage.write(records)
+    maintain(storage)
+    before = rows(storage, "flask_usage_hourly")
+
+    def as_before(connection: sa.Connection) -> None:
+        for table in ("flask_usage_hourly", "flask_usage_daily"):
+            statement = f"UPDATE {table} SET method = 'BREW' WHERE method = '_OTHER'"
+            connection.exec_driver_sql(statement)
+
+    storage.database.run(as_before, create=False, absent=None)
+    assert rows(storage, "flask_usage_hourly", "method = 'BREW'") > 0
+    assert_sums(storage, records)
+    # Pruning subtracts from them, and a day is rolled up anew.
+    storage.prune(MONDAY + 30 * HOUR)
+    late = visit(MONDAY + 29 * HOUR, random.Random(5))
+    storage.write([late])
+    maintain(storage)
+    assert_sums(storage, [*records, late], RANGES[:1])
+    assert rows(storage, "flask_usage_hourly") <= 3 * before
 
 
 def test_rows_that_come_late_are_in_them(storage: SQLStorage) -> None:

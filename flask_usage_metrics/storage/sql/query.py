@@ -7,6 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from flask_usage_metrics.records.methods import METHODS, OTHER_METHOD
 from flask_usage_metrics.records.query import Every, Filter, Order
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.storage.sql.dialects.base import Dialect
@@ -42,6 +43,18 @@ class Query:
             return column
         # Not as a parameter, of which PostgreSQL would not know that it is the same in GROUP BY.
         return sa.func.coalesce(column, sa.literal_column(repr(IF_NULL[name]), column.type))
+
+    def group(self, name: str) -> Any:
+        """Return the expression to group by a field: unusual methods are one, as in `Summary`."""
+        field = self.field(name)
+        if name != "method":
+            return field
+        # Not as parameters either: see `field`.
+        usual: list[sa.ColumnClause[Any]] = [
+            sa.literal_column(repr(method)) for method in sorted(METHODS)
+        ]
+        other = sa.literal_column(repr(OTHER_METHOD), self._table.c.method.type)
+        return sa.case((field.in_(usual), field), else_=other)
 
     def period(self, every: Every) -> sa.ColumnElement[str]:
         """Return the expression for the hour, day or month of a record; see `Dialect.period`."""
@@ -175,7 +188,7 @@ class Query:
             599), bytes sent, seconds; visitors, or null; and for each bound the number of requests
             that took at most so long.
         """
-        groups = [self.field(field) for field in fields]
+        groups = [self.group(field) for field in fields]
         if every is not None:
             groups.insert(0, self.period(every))
         status, duration = self.field("status"), self.field("duration_seconds")

@@ -266,7 +266,9 @@ class Rollups:
         """Replace the sums of a day by those of its hours."""
         hourly, daily = self._tables.hourly, self._tables.daily
         whole = Filter(since=day, until=day + _DAY)
-        keys = [hourly.c[name] for name in ("bounds", *DIMENSIONS)]
+        # By `group` again: older versions kept unusual methods apart in the sums of an hour.
+        hours = Query(hourly, self._dialect)
+        keys = [hourly.c.bounds, *map(hours.group, DIMENSIONS)]
         columns = [*SUMS, *AT_MOST]
         selected = (
             sa.select(
@@ -274,7 +276,7 @@ class Rollups:
                 *keys,
                 *(sa.func.sum(hourly.c[name]) for name in columns),
             )
-            .where(*Query(hourly, self._dialect).conditions(whole))
+            .where(*hours.conditions(whole))
             .group_by(*keys)
             .having(sa.func.sum(hourly.c.requests) != 0)
         )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 import sqlalchemy as sa
 
+from flask_usage_metrics.records.methods import METHODS
 from flask_usage_metrics.records.query import Every, Filter, truncate
 from flask_usage_metrics.records.summary import Summary, make_summary, summary_order
 from flask_usage_metrics.storage.sql.dialects.base import Dialect, period_start
@@ -124,6 +125,8 @@ class Summarizer:
         asked = {*self._fields, *self._wanted.any_of}
         if self._visitors or self._wanted.path_prefixes is not None or not asked <= {*DIMENSIONS}:
             return rows_only
+        if not METHODS.issuperset(self._wanted.any_of.get("method", ())):
+            return rows_only  # sums do not tell unusual ones apart
         reached = self._tables.reached(self._connection)
         if reached is None:
             return rows_only
@@ -166,7 +169,7 @@ class Summarizer:
         if wanted.dirty_hours:
             is_dirty = self._dialect.any_of(query.period("hour"), wanted.dirty_hours)
             conditions.append(sa.or_(table.c.frozen == sa.true(), sa.not_(is_dirty)))
-        groups = [query.field(field) for field in self._fields]
+        groups = [query.group(field) for field in self._fields]
         if self._every is not None:
             groups.insert(0, query.period(self._every))
         known = self._tables.bounds(self._connection)
