@@ -25,6 +25,22 @@ class Live(Protocol):
         """Tell whether its request counts, as far as is known by now."""
 
 
+class LiveExchanges(set[Live]):
+    """The exchanges of one app that have not ended, of requests that are tracked or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        FORKS.register(self)
+
+    def in_progress(self) -> int:
+        """Return the number of tracked requests that have not been answered yet."""
+        return sum(exchange.is_tracked() for exchange in self.copy())
+
+    def reset_after_fork(self) -> None:
+        """Forget the requests that the parent process is answering."""
+        self.clear()
+
+
 class Observer:
     """Shared by all exchanges of one app; for any thread.
 
@@ -37,13 +53,10 @@ class Observer:
         context_reader: Finds the facts that only some apps ask for.
         headers: WSGI names of further request headers that observations keep.
         faults: Takes failures of our own.
-
-    Attributes:
-        live: Exchanges that have not ended, of requests that are tracked or not.
+        live: Exchanges that have not ended.
     """
 
     __slots__ = (
-        "__weakref__",
         "_app",
         "context_reader",
         "faults",
@@ -64,6 +77,7 @@ class Observer:
         context_reader: ContextReader,
         headers: tuple[str, ...],
         faults: Faults,
+        live: LiveExchanges,
     ) -> None:
         self._app = app
         self.scope = scope
@@ -72,12 +86,7 @@ class Observer:
         self.context_reader = context_reader
         self.headers = headers
         self.faults = faults
-        self.live: set[Live] = set()
-        FORKS.register(self)
-
-    def in_progress(self) -> int:
-        """Return the number of tracked requests that have not been answered yet."""
-        return sum(exchange.is_tracked() for exchange in list(self.live))
+        self.live = live
 
     def match(self, environ: WSGIEnvironment) -> Request | None:
         """Route a request that ended before its route was learned, as Flask would have.
@@ -94,7 +103,3 @@ class Observer:
                 again.view_args = dict(arguments)
             return again
         return None
-
-    def reset_after_fork(self) -> None:
-        """Forget the requests that the parent process is answering."""
-        self.live = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from flask import Blueprint, Flask
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Marks:
     """Views, endpoints, paths and blueprints that were included, or that were excluded.
 
-    One `TrackUsage` has two of them, for all its apps; marks are added at any time.
+    One `TrackUsage` has two of them, for all its apps; marks are added at any time. Views and
+    blueprints are referred to weakly, as an app factory may mark new ones for each app.
 
     Args:
         patterns: Endpoints or paths, or globs of these, that are marked from the start.
@@ -30,10 +31,11 @@ class Marks:
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
         self.scopes: WeakSet[Scope] = WeakSet()
-        self._views: list[object] = []
+        self._views: list[Callable[[], object]] = []
         self._endpoints: list[str] = []
         self._paths: list[str] = []
-        self._blueprints: list[str | Blueprint] = []
+        self._blueprints: list[Callable[[], object]] = []
+        self._blueprint_names: list[str] = []
         self._unmatched = False
         for pattern in patterns:
             self.add(pattern)
@@ -49,9 +51,9 @@ class Marks:
         if target is None:
             self._unmatched = True
         elif isinstance(target, str):
-            (self._paths if target.startswith("/") else self._endpoints).append(target)
+            _note(target, self._paths if target.startswith("/") else self._endpoints)
         elif callable(target):
-            self._views.append(target)
+            _refer(target, self._views)
         else:
             raise ConfigError(
                 f"expected a view, an endpoint, a glob or a path, not {type(target).__name__}"
@@ -67,7 +69,10 @@ class Marks:
         """
         if not isinstance(blueprint, str | Blueprint):
             raise ConfigError(f"expected a blueprint or its name, not {type(blueprint).__name__}")
-        self._blueprints.append(blueprint)
+        if isinstance(blueprint, str):
+            _note(blueprint, self._blueprint_names)
+        else:
+            _refer(blueprint, self._blueprints)
         for scope in self.scopes:
             scope.forget()
 
@@ -87,16 +92,31 @@ class Marks:
         if any(fnmatchcase(endpoint, pattern) for pattern in self._endpoints):
             return True
         layers = _layers(app.view_functions.get(endpoint))
-        if any(view is layer for view in self._views for layer in layers):
+        marked = [find() for find in self._views]
+        if any(view is layer for view in marked for layer in layers):
             return True
         return any(self._match_blueprint(app, name) for name in _blueprint_names(endpoint))
 
     def _match_blueprint(self, app: Flask, name: str) -> bool:
         registered = app.blueprints.get(name)
-        return any(
-            marked == name if isinstance(marked, str) else marked is registered
-            for marked in self._blueprints
+        return name in self._blueprint_names or (
+            registered is not None and any(find() is registered for find in self._blueprints)
         )
+
+
+def _note(name: str, names: list[str]) -> None:
+    if name not in names:
+        names.append(name)
+
+
+def _refer(target: object, references: list[Callable[[], object]]) -> None:
+    """Add a reference to an object, unless there is one; a weak one where its class allows it."""
+    if any(find() is target for find in references):
+        return
+    try:
+        references.append(ref(target, references.remove))
+    except TypeError:
+        references.append(lambda: target)
 
 
 class Scope:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Target = TypeVar("Target")
 
+_THREADS_SECONDS = 1.0
+"""How long `TrackUsage.close` waits for threads: one whose storage hangs ends when that answers."""
+
 
 class TrackUsage:
     """Tracks, counts and stores the requests of Flask apps.
@@ -146,6 +149,28 @@ class TrackUsage:
             RuntimeError: It is not clear which app is meant.
         """
         return self._tracking().pipeline.flush(timeout)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Write what was captured, and give up threads and files, of every app of this tracker.
+
+        An app that is dropped does so by itself. The next request opens all again.
+
+        Args:
+            timeout: Seconds to wait at most for the storages of each app. What they have not taken
+                then waits on disk for the next process, or is lost without a state directory.
+        """
+        for app in list(self._apps):
+            tracking = tracking_of(app)
+            if tracking is not None:
+                tracking.pipeline.close(timeout)
+                tracking.pipeline.join(_THREADS_SECONDS)
+
+    def __enter__(self) -> TrackUsage:
+        """Return itself; `close` is called in the end."""
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     @property
     def storage(self) -> Storage:

@@ -152,9 +152,10 @@ def make_visitors(
 
 def make_pseudonyms(app: Flask, totals: Totals, faults: Faults) -> Pseudonyms:
     """Return the maker of the pseudonyms that replace user names."""
+    config = app.config  # rather than the app, which may be dropped before all is written
 
     def keys() -> list[bytes]:
-        given = [app.secret_key, *(app.config.get("SECRET_KEY_FALLBACKS") or ())]
+        given = [config.get("SECRET_KEY"), *(config.get("SECRET_KEY_FALLBACKS") or ())]
         keys = [key.encode() if isinstance(key, str) else bytes(key) for key in given if key]
         if keys or totals.state is None:
             return keys

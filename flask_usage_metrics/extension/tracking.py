@@ -9,7 +9,6 @@ from typing import Any
 from flask import Flask
 
 from flask_usage_metrics.capture.middleware import Middleware
-from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 from flask_usage_metrics.extension.parts import Traces
 from flask_usage_metrics.metrics.exposition.view import Exposition
 from flask_usage_metrics.pipeline.pipeline import Pipeline
@@ -20,7 +19,7 @@ _EXTENSION = "track_usage"
 
 
 class Tracking:
-    """The parts of one tracked app; also the source of the gauges that its metrics show.
+    """The parts of one tracked app, which it has for as long as it lives.
 
     Args:
         owner: The `TrackUsage` that tracks the app.
@@ -29,7 +28,6 @@ class Tracking:
         exposition: Answers scrapes.
         middleware: Wraps the app.
         pipeline: Takes what was captured.
-        tally: Counts visitors; None: they are not told apart.
         traces: Makes and ends spans; None: there are none.
         faults: Counts failures inside this package.
     """
@@ -43,7 +41,6 @@ class Tracking:
         exposition: Exposition,
         middleware: Middleware,
         pipeline: Pipeline,
-        tally: VisitorTally | None,
         traces: Traces | None,
         faults: Faults,
     ) -> None:
@@ -55,13 +52,6 @@ class Tracking:
         self.pipeline = pipeline
         self.traces = traces
         self.faults = faults
-        # A `GaugeSource`.
-        self.drain = pipeline.drain
-        self.pending = pipeline.pending
-        self.up = pipeline.up
-        self.is_journaled = pipeline.is_journaled
-        self.in_progress = middleware.observer.in_progress
-        self.visitors = (lambda: None) if tally is None else tally.today
 
     @property
     def storage(self) -> Storage:

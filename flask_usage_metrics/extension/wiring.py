@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from flask_usage_metrics.capture import track_var
 from flask_usage_metrics.capture.context import ContextReader
 from flask_usage_metrics.capture.middleware import Middleware
-from flask_usage_metrics.capture.observer import Observer
+from flask_usage_metrics.capture.observer import LiveExchanges, Observer
 from flask_usage_metrics.capture.scope import Marks, Scope
 from flask_usage_metrics.capture.users import Users
 from flask_usage_metrics.enrich.country import make_country_lookup
@@ -37,6 +37,7 @@ from flask_usage_metrics.pipeline.journal import Journal
 from flask_usage_metrics.pipeline.pipeline import Pipeline
 from flask_usage_metrics.pipeline.processing import Processor
 from flask_usage_metrics.pipeline.worker_group import WorkerGroup
+from flask_usage_metrics.runtime.collected import OWNERS
 from flask_usage_metrics.runtime.faults import Faults
 
 METRICS_ENDPOINT = "track_usage_metrics"
@@ -72,6 +73,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         ConfigError: A setting or argument is wrong.
     """
     settings = read(app.config)
+    OWNERS.add(app)
     faults = Faults()
     version = package_version()
     collector = collector_of(given.registry, settings.shape, version)
@@ -132,6 +134,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         sinks=sinks,
         faults=faults,
     )
+    live = LiveExchanges()
     pipeline = Pipeline(
         journal=journal,
         processor=processor,
@@ -139,6 +142,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         flush_seconds=settings.flush_seconds,
         idle_seconds=IDLE_SECONDS,
         inline=settings.inline,
+        in_progress=live.in_progress,
         faults=faults,
     )
     # In the request's thread.
@@ -163,6 +167,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         ),
         headers=enricher.headers,
         faults=faults,
+        live=live,
     )
     middleware = Middleware(app, observer, start=_start(pipeline))
     track_var.install(app)
@@ -174,12 +179,11 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         exposition=exposition,
         middleware=middleware,
         pipeline=pipeline,
-        tally=visitors.tally,
         traces=traces,
         faults=faults,
     )
     keep(app, tracking)
-    collector.totals.watch(tracking, faults)
+    collector.totals.watch(pipeline, pipeline.counters(), faults)
 
 
 def _add_route(app: Flask, path: str, view: Callable[[], Response]) -> None:
@@ -205,7 +209,7 @@ def _start(pipeline: Pipeline) -> Callable[[bool, bool], Callable[[], None] | No
 
 
 def _at_exit(pipeline: Pipeline) -> None:
-    # A weak reference: the handler must not keep the pipeline of an app that is gone.
+    # A weak reference: the handler must not keep the pipeline of an app that is gone, nor stay.
     reference = weakref.ref(pipeline)
 
     def close() -> None:
@@ -214,3 +218,4 @@ def _at_exit(pipeline: Pipeline) -> None:
             alive.close(_EXIT_SECONDS)
 
     atexit.register(close)
+    weakref.finalize(pipeline, atexit.unregister, close).atexit = False

@@ -75,7 +75,8 @@ class Counts:
         for objective in shape.objectives:
             for result in ("good", "bad"):
                 self._events.new_numbers((objective.name, result))
-        self._taken: dict[tuple[int, str], int] = {}
+        # By the id of who counts, and what is counted.
+        self._taken: dict[int, dict[str, int]] = {}
 
     def add(self, records: Iterable[UsageRecord], sampled: Collection[str]) -> None:
         """Count records.
@@ -121,8 +122,9 @@ class Counts:
         """Add to the tables of results and faults what was counted since the last call.
 
         Args:
-            sink_counters: Counters of all sinks; the same objects at each call.
-            faults: Faults of all apps; the same objects at each call.
+            sink_counters: Counters of all sinks; the same objects at each call, but for new ones
+                and those that `forget` was told of.
+            faults: Faults of all apps; likewise.
         """
         counts: list[tuple[Table, LabelValues, int, int]] = [
             (self._results, (counters.sink, result), id(counters), getattr(counters, result))
@@ -135,11 +137,15 @@ class Counts:
             for part, count in source.counts().items()
         ]
         for table, values, owner, count in counts:
-            key = (owner, values[-1])
-            taken = self._taken.get(key)
-            if count != taken:
-                table.new_numbers(values)[0] += count - (taken or 0)
-                self._taken[key] = count
+            taken = self._taken.setdefault(owner, {})
+            before = taken.get(values[-1])
+            if count != before:
+                table.new_numbers(values)[0] += count - (before or 0)
+                taken[values[-1]] = count
+
+    def forget(self, owner: SinkCounters | Faults) -> None:
+        """Forget who counted, as it is gone: `update` has what it counted."""
+        self._taken.pop(id(owner), None)
 
     def families(self) -> dict[Description, Family]:
         """Return the families as they are shown now."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from time import monotonic
 from typing import Protocol
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from flask_usage_metrics.metrics.counts import Counts
 from flask_usage_metrics.metrics.families import Family, LabelSet, LabelValues
@@ -80,6 +80,8 @@ class Totals:
         self._sources: WeakSet[GaugeSource] = WeakSet()
         self._sink_counters: list[SinkCounters] = []
         self._faults: list[Faults] = []
+        # Of apps that are gone, until what they counted last is taken.
+        self._departed: deque[tuple[Collection[SinkCounters], Faults]] = deque()
         self.reset_after_fork()
         FORKS.register(self)
 
@@ -123,10 +125,21 @@ class Totals:
             self._sink_counters.append(counters)
         return counters
 
-    def watch(self, source: GaugeSource, faults: Faults) -> None:
-        """Read gauges from a source for as long as it lives, and its faults for ever."""
-        self._sources.add(source)
-        self._faults.append(faults)
+    def watch(
+        self, source: GaugeSource, counters: Collection[SinkCounters], faults: Faults
+    ) -> None:
+        """Read the gauges of an app for as long as their source lives; what it counted stays.
+
+        Args:
+            source: Of the gauges.
+            counters: Of the app's sinks, which `sink_counters` made.
+            faults: Of the app.
+        """
+        with self._lock:
+            self._sources.add(source)
+            self._faults.append(faults)
+        # A finalizer must not lock.
+        finalize(source, self._departed.append, (counters, faults)).atexit = False
 
     # ------------------------------------------------------------------------ counting
 
@@ -208,7 +221,7 @@ class Totals:
         # A file that is locked costs a second, which not every scrape and batch should wait.
         if self._file is None or monotonic() < self._retry_at:
             return
-        self._counts.update(self._sink_counters, self._faults)
+        self._update()
         tables = self._counts.tables
         dirty = [(name, series) for name, table in tables.items() for series in table.dirty]
         new = {
@@ -236,6 +249,17 @@ class Totals:
             if known is not None:
                 known.apply(values, sums, changes.exemplars.get(key))
 
+    def _update(self) -> None:
+        """Take what the sinks and faults of all apps counted since the last call."""
+        departed = [self._departed.popleft() for _ in range(len(self._departed))]
+        self._counts.update(self._sink_counters, self._faults)
+        for sink_counters, faults in departed:
+            for counters in sink_counters:
+                self._sink_counters.remove(counters)
+                self._counts.forget(counters)
+            self._faults.remove(faults)
+            self._counts.forget(faults)
+
     def _complain(self, error: Exception) -> None:
         self._is_shared = False
         self._retry_at = monotonic() + _PAUSE_SECONDS
@@ -258,7 +282,7 @@ class Totals:
             source.drain()
         with self._lock:
             self._sync()
-            self._counts.update(self._sink_counters, self._faults)
+            self._update()
             for table in self._counts.tables.values():
                 if self._file is None:
                     table.merge_local()

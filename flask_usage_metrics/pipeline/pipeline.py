@@ -6,7 +6,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
+from weakref import finalize
 
+from flask_usage_metrics.metrics.sink_counters import SinkCounters
 from flask_usage_metrics.pipeline.delivery.sink import Sink
 from flask_usage_metrics.pipeline.journal import Journal
 from flask_usage_metrics.pipeline.processing import METRICS_SINK, Processor
@@ -25,6 +27,9 @@ _COUNTRY_SECONDS = 0.1
 class Pipeline:
     """Takes observations from requests, and sees to it that they are processed; for any thread.
 
+    Also the source of the gauges that an app's metrics show (`GaugeSource`). It does not refer to
+    the app, and lives on after it until all is written.
+
     Args:
         journal: Where observations wait for the worker.
         processor: What the worker has to do.
@@ -32,7 +37,11 @@ class Pipeline:
         flush_seconds: Seconds an observation waits for others to be processed with.
         idle_seconds: Seconds without requests after which the worker's thread ends.
         inline: Whether `submit` waits until the record is written.
+        in_progress: Returns how many requests are being answered.
         faults: Where failures are reported.
+
+    Attributes:
+        in_progress: See above.
     """
 
     def __init__(
@@ -44,17 +53,20 @@ class Pipeline:
         flush_seconds: float,
         idle_seconds: float,
         inline: bool,
+        in_progress: Callable[[], int],
         faults: Faults,
     ) -> None:
         self._journal = journal
         self._processor = processor
         self._sinks = sinks
         self._inline = inline
+        self.in_progress = in_progress
         self._faults = faults
         self._worker = WorkerThread(
             flush_seconds=flush_seconds, idle_seconds=idle_seconds, faults=faults
         )
         journal.hurry = self._worker.hurry
+        finalize(self, WorkerThread.ring, self._worker).atexit = False
         self._start_anew()
         FORKS.register(self)
 
@@ -120,7 +132,7 @@ class Pipeline:
     def _wake(self) -> None:
         for sink in self._sinks:
             sink.start()
-        # While its thread runs we live, for the exit handler, which refers to us weakly.
+        # While its thread is awake we live, also for the exit handler, which refers to us weakly.
         self._worker.wake(self._processor, self)
 
     # ------------------------------------------------------------------------ for others
@@ -166,6 +178,22 @@ class Pipeline:
             left = f"{lost + buffered} record(s) were not written"
             self._faults.report("exit", left, "they are lost")
         self._processor.close()
+        self._worker.end()
+
+    def join(self, timeout: float) -> None:
+        """Wait until the threads have ended, after `close`; one whose storage hangs does not.
+
+        Args:
+            timeout: Seconds to wait at most.
+        """
+        deadline = monotonic() + timeout
+        self._worker.join(timeout)
+        for sink in self._sinks:
+            sink.join(max(deadline - monotonic(), 0))
+
+    def counters(self) -> list[SinkCounters]:
+        """Return the counters of all sinks, that of the metrics among them."""
+        return [self._processor.counters, *(sink.counters for sink in self._sinks)]
 
     def pending(self) -> dict[str, int]:
         """Return, for each sink, how many captured requests are not written, dropped or failed."""
@@ -178,3 +206,7 @@ class Pipeline:
     def is_journaled(self) -> bool:
         """Return whether what is captured survives a kill, as far as is known yet."""
         return self._processor.is_journaled()
+
+    def visitors(self) -> int | None:
+        """Return how many visitors all processes saw today; None: they are not told apart."""
+        return self._processor.visitors()

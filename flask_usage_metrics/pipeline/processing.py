@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from itertools import chain, groupby, repeat
 from operator import attrgetter
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import finalize
 
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
@@ -20,6 +21,7 @@ from flask_usage_metrics.pipeline.worker_group import WorkerGroup
 from flask_usage_metrics.pipeline.yielding import yielding
 from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.runtime.collected import when_collected
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.servers import Server
@@ -55,6 +57,7 @@ class Processor:
         faults: Where failures are reported.
 
     Attributes:
+        counters: Of the records that are counted in the totals.
         losses: Requests that never become records, until the next batch tells the sinks of them.
         is_open: Whether this process is in its worker group: from `open` until `close` or a fork.
         is_shared: Whether the server may have other processes for the same app.
@@ -76,7 +79,7 @@ class Processor:
         self._enricher = enricher
         self._tally = tally
         self._totals = totals
-        self._counters = totals.sink_counters(METRICS_SINK)
+        self.counters = totals.sink_counters(METRICS_SINK)
         self._sinks = sinks
         self._faults = faults
         accepts: dict[str, Accepts | None] = {sink.name: sink.accepts for sink in sinks}
@@ -86,6 +89,7 @@ class Processor:
 
     def _start_anew(self) -> None:
         self.is_open = self.is_shared = False
+        self._closing: finalize[..., Any] | None = None
         self._lock = threading.Lock()
         # Entries whose country is being asked for, and those of the batch under way.
         self._unlocated: list[JournalEntry] = []
@@ -96,6 +100,7 @@ class Processor:
 
     def reset_after_fork(self) -> None:
         """Forget what the parent process will process."""
+        self._call_off()
         self._checkpoints.release()
         self.losses.reset_after_fork()
         self._start_anew()
@@ -112,6 +117,16 @@ class Processor:
         self._journal.open(file)
         for sink in self._sinks:
             sink.attach(self._worker_group.spool(sink.name))
+        # An app that is dropped when all is processed leaves no journal and no server run.
+        self._call_off()
+        self._closing = when_collected(
+            self, _let_go, self._journal, self._worker_group, self._totals
+        )
+
+    def _call_off(self) -> None:
+        if self._closing is not None:
+            self._closing.detach()
+        self._closing = None
 
     def close(self) -> None:
         """Release what is not durable, for the next process to recover; end threads, close files.
@@ -121,11 +136,8 @@ class Processor:
         with self._lock:
             self._checkpoint()
             self.is_open = False
-            file = self._journal.file
-            if file is not None:
-                if file.is_empty():
-                    self._totals.forget(file)
-                self._journal.close()
+            self._call_off()
+            _close_journal(self._journal, self._totals)
             self._checkpoints.release()
             self._totals.close()
             self._worker_group.end()
@@ -284,7 +296,7 @@ class Processor:
         losses = self.losses.take()
         lost = losses[METRICS_SINK]
         written = 0 if is_counted else len(records)
-        self._counters.add(written=written, dropped=lost.dropped, failed=lost.failed)
+        self.counters.add(written=written, dropped=lost.dropped, failed=lost.failed)
         for sink in self._sinks:
             accepts, lost = sink.accepts, losses[sink.name]
             accepted = records
@@ -345,9 +357,27 @@ class Processor:
         entries = (*self._unlocated, *self._processing)
         return [*self._journal.waiting(), *(entry.observation for entry in entries)]
 
+    def visitors(self) -> int | None:
+        """Return how many visitors all processes saw today; None: they are not told apart."""
+        return None if self._tally is None else self._tally.today()
+
     def is_journaled(self) -> bool:
         """Tell whether all that was captured survives a kill; True until `open`."""
         return not self.is_open or self._journal.is_durable()
+
+
+def _let_go(journal: Journal, worker_group: WorkerGroup, totals: Totals) -> None:
+    _close_journal(journal, totals)
+    worker_group.end()
+
+
+def _close_journal(journal: Journal, totals: Totals) -> None:
+    """Close the journal; it is removed if it is empty, otherwise left to be recovered."""
+    file = journal.file
+    if file is not None:
+        if file.is_empty():
+            totals.forget(file)
+        journal.close()
 
 
 def _slices(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

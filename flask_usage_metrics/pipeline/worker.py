@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Protocol
+from weakref import ref
 
 from flask_usage_metrics.runtime.faults import Faults
 
@@ -40,6 +43,8 @@ class Work(Protocol):
 class WorkerThread:
     """Calls `Work.process` in a daemon thread while there is work; for any thread.
 
+    While the thread sleeps it refers to the work weakly: an app may be dropped meanwhile.
+
     Args:
         flush_seconds: Seconds between two calls, in which observations gather.
         idle_seconds: Seconds without work after which the thread ends.
@@ -58,8 +63,10 @@ class WorkerThread:
     def reset_after_fork(self) -> None:
         """Forget the parent's thread, which a forked child does not have."""
         self.is_awake = False
-        self._wake = threading.Event()
+        # A queue, as a finalizer may put to it whatever lock the thread holds that it interrupts.
+        self._bell: SimpleQueue[None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._is_to_end = False
         self._lock = threading.Lock()
 
     def wake(self, work: Work, owner: object) -> None:
@@ -67,16 +74,17 @@ class WorkerThread:
 
         Args:
             work: The same each time.
-            owner: Kept alive by the thread while it runs, and no longer.
+            owner: Kept alive by the thread while it is awake, and no longer; it has the work.
         """
         with self._lock:
             self.is_awake = True
+            self._is_to_end = False
             if self._thread is not None:
-                self._wake.set()
+                self.ring()
                 return
             thread = threading.Thread(
                 target=self._run,
-                args=(work, owner),
+                args=(ref(work), ref(owner)),
                 name="flask_usage_metrics pipeline",
                 daemon=True,
             )
@@ -88,39 +96,73 @@ class WorkerThread:
             else:
                 self._thread = thread
 
+    def ring(self) -> None:
+        """Interrupt the thread's sleep; never waits, so that a finalizer may call it."""
+        self._bell.put(None)
+
     def hurry(self) -> None:
         """Have the thread call at once, if it runs, instead of letting more gather."""
-        self._wake.set()
+        if self._bell.empty():
+            self.ring()
 
-    def _run(self, work: Work, owner: object) -> None:
-        while True:
-            pause = self._flush_seconds
-            self._wake.wait(min(pause, _HURRY_SECONDS) if work.is_short_of_room() else pause)
-            self._wake.clear()
-            with self._faults.caught("pipeline", "records are processed later"):
-                work.process()
-            if work.has_work():
+    def end(self) -> None:
+        """Have the thread end once there is no work; does not wait for it, see `join`."""
+        with self._lock:
+            self._is_to_end = True
+            self.ring()
+
+    def join(self, timeout: float) -> None:
+        """Wait until the thread has ended, for `timeout` seconds at most."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def _run(self, find_work: ref[Work], find_owner: ref[object]) -> None:
+        while (work := find_work()) is not None and (owner := find_owner()) is not None:
+            seconds = self._work(work)
+            del work, owner
+            is_rung = self._sleep(seconds)
+            if is_rung and not self._is_to_end:
                 continue
-            # Order matters: a request first appends its observation, then reads this flag.
-            self.is_awake = False
-            if work.has_work():
-                self.is_awake = True
-            elif work.is_shared:
-                # Another worker may die meanwhile, or somebody remove the files they share.
-                if self._wake.wait(_HEARTBEAT_SECONDS):
-                    self._wake.clear()
-            elif not self._wake.wait(self._idle_for(work)):
-                if work.due_in() is not None:
-                    continue
+            if (work := find_work()) is None:
+                return
+            is_needed = work.is_shared or work.due_in() is not None
+            del work
+            if not is_needed or self._is_to_end:
                 with self._lock:
                     if not self.is_awake:
                         self._thread = None
                         return
-            else:
-                # More observations will come with the one that woke us: they make one batch.
-                self._wake.clear()
 
-    def _idle_for(self, work: Work) -> float:
-        """Return how many seconds to sleep unless a request comes."""
+    def _work(self, work: Work) -> float:
+        """Process while there is work; return how many seconds to sleep unless a request comes."""
+        self.is_awake = True
+        while self.is_awake:
+            # More observations will come with the one that woke us: they make one batch.
+            pause = self._flush_seconds
+            self._sleep(min(pause, _HURRY_SECONDS) if work.is_short_of_room() else pause)
+            with self._faults.caught("pipeline", "records are processed later"):
+                work.process()
+            if not work.has_work():
+                # Order matters: a request first appends its observation, then reads this flag.
+                self.is_awake = False
+                if work.has_work():
+                    self.is_awake = True
+        if self._is_to_end:
+            return 0.0
+        if work.is_shared:
+            # Another worker may die meanwhile, or somebody remove the files they share.
+            return _HEARTBEAT_SECONDS
         due = work.due_in()
         return self._idle_seconds if due is None else max(due, 0.0) + 0.1
+
+    def _sleep(self, seconds: float) -> bool:
+        """Wait until somebody rings; return whether somebody did in time."""
+        try:
+            self._bell.get(timeout=seconds)
+        except Empty:
+            return False
+        with suppress(Empty):  # it may have been rung more than once
+            while True:
+                self._bell.get_nowait()
+        return True

@@ -218,7 +218,7 @@ def test_a_sink_accounts_for_what_it_accepts_and_nothing_else(
     )
     visit(site, 3, "/other")
     visit(site, 2, "/some")
-    pending = site.app.extensions["track_usage"].pending
+    pending = site.app.extensions["track_usage"].pipeline.pending
     assert pending() == {"metrics": 5, "every": 5, "some": 2}  # in the journal
     assert site.account("every") == counts(0, pending=5)  # and waiting for their country
     assert site.account("some") == counts(0, pending=2)
@@ -290,7 +290,7 @@ def test_a_request_whose_country_is_asked_for_is_pending_once(
 ) -> None:
     site = make_site(FLUSH_SECONDS=60)
     visit(site, 5)
-    pending = site.app.extensions["track_usage"].pending
+    pending = site.app.extensions["track_usage"].pipeline.pending
     seen: list[int] = []
 
     def ask(*_: object) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Condition, Thread, current_thread
 from typing import Protocol
+from weakref import finalize, ref
 
 import msgspec
 
@@ -16,6 +17,9 @@ from flask_usage_metrics.runtime.caches import ExpiringCache
 from flask_usage_metrics.runtime.faults import Faults
 
 THREAD_NAME = "flask_usage_metrics country"
+
+_LINGER_SECONDS = 5.0
+"""Seconds that connections to a service stay open for another question."""
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -51,6 +55,8 @@ class BackgroundLookup:
     """A `CountrySource` that answers None while a blocking source is being asked.
 
     `locate` is called by one thread at a time; the asking thread shares the condition with it.
+    While there is no question, that thread refers to the lookup and its source weakly: an app may
+    be dropped meanwhile.
 
     Args:
         source: The source to ask.
@@ -80,7 +86,7 @@ class BackgroundLookup:
             most_weight=self._limits.answers_bytes,
         )
         self._deadlines: dict[str, float] = {}
-        self._questions: SimpleQueue[str | None] = SimpleQueue()
+        self._new_questions()
         self._thread: Thread | None = None
         self._asking_since: float | None = None
         self._left_behind: list[Thread] = []
@@ -117,12 +123,16 @@ class BackgroundLookup:
         """Forget all questions and end the thread; the next question starts another."""
         thread, self._thread = self._thread, None
         self._questions.put(None)
-        self._questions = SimpleQueue()
+        self._new_questions()
         with self._answered:
             self._deadlines.clear()
             self._answered.notify_all()
         if thread is not None:
             thread.join(1.0)
+
+    def _new_questions(self) -> None:
+        self._questions: SimpleQueue[str | None] = SimpleQueue()
+        finalize(self, self._questions.put, None).atexit = False
 
     # ---------------------------------------------------------------- the thread that calls locate
 
@@ -153,28 +163,40 @@ class BackgroundLookup:
                 return
             self._left_behind.append(thread)
         self._thread = Thread(
-            target=self._run, args=(self._questions,), name=THREAD_NAME, daemon=True
+            target=_run, args=(ref(self), self._questions), name=THREAD_NAME, daemon=True
         )
         self._asking_since = None
         self._thread.start()
 
     # ---------------------------------------------------------------- the thread that asks
 
-    def _run(self, questions: SimpleQueue[str | None]) -> None:
+    def ask_all(self, address: str, questions: SimpleQueue[str | None]) -> bool:
+        """Ask for an address, and for all in the queue: those that follow soon, if of a service.
+
+        Returns:
+            Whether the thread goes on.
+        """
+        found: str | None = address
+        linger = 0.0 if self.is_local else _LINGER_SECONDS
         with self._source.asking() as ask:
-            while (address := questions.get()) is not None:
+            while found is not None:
                 self._asking_since = self._limits.clock()
                 reply = None
                 try:
-                    if self._source.accepts(address):  # a pause may have begun
-                        reply = ask(address)
+                    if self._source.accepts(found):  # a pause may have begun
+                        reply = ask(found)
                 except BaseException as error:  # noqa: BLE001 - the app's, which may even exit()
                     self._faults.report("country", error, "a country is unknown")
                     reply = Reply(None, self._limits.keep_raised_seconds)
-                self._take(address, reply)
+                self._take(found, reply)
                 if self._thread is not current_thread():
-                    return  # left behind or closed; another one asks, if any
+                    return False  # left behind or closed; another one asks, if any
                 self._asking_since = None
+                try:
+                    found = questions.get(timeout=linger)
+                except Empty:
+                    return True
+        return False
 
     def _take(self, address: str, reply: Reply | None) -> None:
         with self._answered:
@@ -186,3 +208,10 @@ class BackgroundLookup:
 
     def _report(self, what: str) -> None:
         self._faults.report("country", what, "a country is unknown")
+
+
+def _run(find: ref[BackgroundLookup], questions: SimpleQueue[str | None]) -> None:
+    while (address := questions.get()) is not None and (lookup := find()) is not None:
+        if not lookup.ask_all(address, questions):
+            return
+        del lookup

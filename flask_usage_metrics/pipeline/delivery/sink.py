@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from math import inf
+from queue import Empty, SimpleQueue
 from time import monotonic
+from weakref import finalize, ref
 
 from flask_usage_metrics.errors import StorageUnavailable
 from flask_usage_metrics.metrics.sink_counters import SinkCounters
@@ -44,7 +46,8 @@ class Sink:
     """Takes records, and delivers them to a storage from a thread of its own; for any thread.
 
     So a storage that blocks or fails delays neither a request nor another storage. A record stays
-    in the queue until it is acked: written, dropped or failed.
+    in the queue until it is acked: written, dropped or failed. While there is none, the thread
+    refers to the sink weakly: an app may be dropped meanwhile.
 
     Args:
         storage: Where records go.
@@ -56,6 +59,9 @@ class Sink:
         keep: How long the storage keeps records; None: for ever.
         accepts: Which records the sink is given, and has to account for: one request is captured,
             written, dropped, failed or pending here only if this is true of it. None: all.
+
+    Attributes:
+        counters: See above.
     """
 
     def __init__(
@@ -74,7 +80,7 @@ class Sink:
         self.accepts = accepts
         self._keep = keep
         self._idle_seconds = idle_seconds
-        self._counters = counters
+        self.counters = counters
         self._faults = faults
         self._queue = SinkQueue(counters, capacity, spool, faults)
         self._start_anew()
@@ -93,7 +99,10 @@ class Sink:
         # reported for taking too long.
         self._called_at = self._silence_told = inf
         self._thread: threading.Thread | None = None
-        self._recover_at = 0.0
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        finalize(self, self._bell.put, None).atexit = False
+        self._backoff = Backoff()
+        self._idle_at = self._recover_at = 0.0
         self._maintain_at = inf
         self._is_closed = False
 
@@ -108,7 +117,7 @@ class Sink:
     @property
     def name(self) -> str:
         """Value of the label ``sink``."""
-        return self._counters.sink
+        return self.counters.sink
 
     @property
     def up(self) -> bool:
@@ -142,6 +151,7 @@ class Sink:
     def attach(self, spool: Spool | None) -> None:
         """Set where records may wait on disk; at the first request of the process."""
         with self._changed:
+            self._is_closed = False
             self._queue.attach(spool)
 
     def put(self, records: Sequence[UsageRecord], *, dropped: int, failed: int) -> None:
@@ -154,12 +164,13 @@ class Sink:
         """
         with self._changed:
             self._is_closed = False
-            self._counters.add(dropped=dropped, failed=failed)
+            self.counters.add(dropped=dropped, failed=failed)
             self._queue.put(records)
             if self._recover_at == inf:
                 self._recover_at = 0.0
-            self._changed.notify_all()
         if records:
+            if self._bell.empty():
+                self._bell.put(None)
             self.start()
 
     def spill(self) -> None:
@@ -192,9 +203,15 @@ class Sink:
             if self._thread is not None:
                 return True
             thread = threading.Thread(
-                target=self._run, name=f"flask_usage_metrics {self.name}", daemon=True
+                target=_run,
+                args=(ref(self), self._bell),
+                name=f"flask_usage_metrics {self.name}",
+                daemon=True,
             )
             self._thread = thread
+            self._backoff.reset()
+            self._idle_at = monotonic() + self._idle_seconds
+            self._maintain_at = monotonic() + MAINTAIN_SECONDS
             try:
                 thread.start()
             except RuntimeError as error:  # no more threads, or the interpreter is ending
@@ -237,7 +254,8 @@ class Sink:
     def close(self) -> int:
         """Leave waiting records in the spool, if any, and close the storage unless it is writing.
 
-        Any process of the app recovers what is left there, also this one if it goes on.
+        Any process of the app recovers what is left there, also this one if it goes on. The thread
+        ends, which `join` waits for.
 
         Returns:
             How many records are not written, and lost if the process ends now.
@@ -258,34 +276,44 @@ class Sink:
                     self._queue.release()
                     self._recover_at = inf
                 self._writing.release()
+        self._hurry.set()
+        self._bell.put(None)
         return self._queue.in_memory()
+
+    def join(self, timeout: float) -> None:
+        """Wait until the thread has ended, for `timeout` seconds at most; see `close`."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
 
     # ------------------------------------------------------------------------ the thread
 
-    def _run(self) -> None:
-        backoff = Backoff()
-        self._maintain_at = monotonic() + MAINTAIN_SECONDS
-        while self._wait():
-            if self._deliver(last_attempt=backoff.is_last_attempt()):
-                backoff.reset()
-                continue
-            self._hurry.wait(backoff.next_pause())
-            self._hurry.clear()
+    def serve(self) -> float | None:
+        """Deliver while there are records.
 
-    def _wait(self) -> bool:
-        """Wait for records, of this process or recovered; return False to end the thread."""
-        until = monotonic() + self._idle_seconds
-        while True:
+        Returns:
+            Seconds until there may be something else to do unless records come; None: the thread
+            is to end.
+        """
+        self._recover()
+        self._maintain()
+        while self._queue.has_records():
+            if self._deliver(last_attempt=self._backoff.is_last_attempt()):
+                self._backoff.reset()
+            else:
+                self._hurry.wait(self._backoff.next_pause())
+                self._hurry.clear()
+            self._idle_at = monotonic() + self._idle_seconds
             self._recover()
             self._maintain()
-            with self._changed:
-                due = until if self._is_closed else min(until, self._maintain_at)
-                seconds = min(max(due - monotonic(), 0), RECOVER_SECONDS)
-                if self._changed.wait_for(self._queue.has_records, seconds):
-                    return True
-                if monotonic() >= until:
-                    self._thread = None
-                    return False
+        with self._changed:
+            if self._queue.has_records():
+                return 0.0
+            if self._is_closed or monotonic() >= self._idle_at:
+                self._thread = None
+                return None
+        due = min(self._idle_at, self._maintain_at)
+        return min(max(due - monotonic(), 0), RECOVER_SECONDS)
 
     def _recover(self) -> None:
         """Recover records that other processes left, once every `RECOVER_SECONDS`."""
@@ -336,3 +364,16 @@ class Sink:
 
     def _report(self, error: BaseException, consequence: str) -> None:
         self._faults.report(f"sink {self.name}", error, consequence)
+
+
+def _run(find: ref[Sink], bell: SimpleQueue[None]) -> None:
+    """Have a sink served until it needs no thread any more, or is gone."""
+    while (sink := find()) is not None:
+        seconds = sink.serve()
+        if seconds is None:
+            return
+        del sink
+        with suppress(Empty):
+            bell.get(timeout=seconds)
+            while True:  # it may have been rung more than once
+                bell.get_nowait()

@@ -235,6 +235,7 @@ class Database:
 
     def _take(self, dialect: Dialect) -> Dialect:
         self._dialect = dialect
+        self._app = None  # it is not needed any more, and may be dropped
         self._taken(dialect)
         return dialect
 

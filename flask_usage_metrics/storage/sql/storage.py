@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar
-from weakref import finalize
 
 import sqlalchemy as sa
 
@@ -15,6 +14,7 @@ from flask_usage_metrics.errors import ConfigError, StorageError, StorageUnavail
 from flask_usage_metrics.records.query import Every, Filter, Order, as_utc
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.records.summary import Summary
+from flask_usage_metrics.runtime.collected import when_collected
 from flask_usage_metrics.storage.base import Storage
 from flask_usage_metrics.storage.sql.database import Database
 from flask_usage_metrics.storage.sql.dialects import dialect_of, open_dialect
@@ -115,7 +115,7 @@ class SQLStorage(Storage):
         storage.database = Database(dialect, storage.database.schema, storage._taken)
         # A storage that nobody closes closes its connections when it is collected: sqlite3 warns of
         # each that is not since Python 3.13. Not at exit, when the app's own handlers close it.
-        finalize(storage, dialect.engine.dispose).atexit = False
+        when_collected(storage, dialect.engine.dispose)
         return storage
 
     def components(self) -> list[Component]:
