@@ -47,7 +47,10 @@ def readable() -> Storage:
     """
     tracking = tracked()
     try:
-        return tracking.storage
+        storage = tracking.storage
+        # It is another process that writes: what is not there may be looked for in a wrong place.
+        storage.is_of_app = False
+        return storage
     except RuntimeError:
         raise Refused(
             "none of the app's storages can be read: "

@@ -66,6 +66,7 @@ def configure_storages(
         if isinstance(writer, Storage):
             # No method, whose name a subclass of the app's might have for something else.
             writer.bounds = settings.shape.buckets
+            writer.is_of_app = True
             writer.pseudonyms = pseudonyms.all
 
 

@@ -31,9 +31,13 @@ class Storage(Writer):
             in an app those of its histogram, set when the app is set up.
         pseudonyms: Returns the pseudonyms a user's records may be kept under instead of the name,
             set when the app is set up; None: there are none.
+        is_of_app: Whether an app of this process writes here, set when the app is set up. Then what
+            is not there yet holds no records; else to read it is an error, as its name may be
+            wrong.
     """
 
     bounds: Sequence[float] = BUCKETS
+    is_of_app: bool = False
     pseudonyms: Callable[[str], Sequence[str]] | None = None
     _has_sums = True
 

@@ -126,7 +126,9 @@ class JSONLinesStorage(Storage):
             try:
                 file = self._open_locked("r+b")
             except FileNotFoundError:
-                return 0
+                if self.is_of_app:
+                    return 0
+                raise
             # A link stays a link: the file it points at is replaced.
             path = Path(os.path.realpath(self._path))
             remaining = path.with_name(f".{path.name}.pruned")
@@ -155,7 +157,9 @@ class JSONLinesStorage(Storage):
             try:
                 file = self._open_locked("rb")
             except FileNotFoundError:
-                return
+                if self.is_of_app:
+                    return
+                raise
             with file:
                 # Up to here the file stays as it is: writers only append (and truncate what they
                 # just appended, under the lock), and `delete` makes a new file.

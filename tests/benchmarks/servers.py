@@ -261,6 +261,7 @@ def agree(name: str, gunicorn: Gunicorn, storage: str, answered: int, spare: int
     if name == METRICS:
         return
     with closing(SQLStorage.from_url(storage)) as reader:
+        reader.is_of_app = True  # none yet is 0
         deadline = time.monotonic() + 60
         while (stored := reader.count()) != counted:
             if time.monotonic() > deadline:

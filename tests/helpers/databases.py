@@ -81,6 +81,7 @@ class Server:
     def storage(self, table_name: str | None = None) -> Iterator[SQLStorage]:
         """Make a storage with a table of its own, which is dropped in the end."""
         storage = SQLStorage.from_url(self.url, table_name=table_name or f"usage_{next(_serial)}")
+        storage.is_of_app = True
         try:
             yield storage
         finally:

@@ -138,6 +138,7 @@ class Server:
         """Return the number of records in the app's storage."""
         storage = open_storage(f"sqlite:///{self.folder}/usage.sqlite3")
         assert isinstance(storage, Storage)
+        storage.is_of_app = True  # none yet is 0
         try:
             return storage.count()
         finally:

@@ -75,6 +75,7 @@ GO_ON = """
 (folder / "hang").unlink()
 client.get("/last")
 storage = open_storage(f"sqlite:///{folder}/usage.sqlite3")
+storage.is_of_app = True
 deadline = time.monotonic() + 30
 while time.monotonic() < deadline:
     usage.flush()

@@ -259,6 +259,7 @@ class StorageCore:
     # -- before anything is written -------------------------------------------------------------
 
     def test_an_unused_storage_has_no_records(self, storage: Storage) -> None:
+        storage.is_of_app = True
         assert list(storage.records()) == []
         assert list(storage.records(order="newest", limit=3, endpoint="user")) == []
         assert storage.count() == 0

@@ -28,6 +28,7 @@ def file(tmp_path: Path) -> Path:
 def storage(file: Path) -> JSONLinesStorage:
     storage = open_storage(f"jsonl:///{file}")
     assert isinstance(storage, JSONLinesStorage)
+    storage.is_of_app = True
     return storage
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from helpers.front_door import Site
 from helpers.old_tables import OLD_TABLE, plain
 from helpers.records import START, make_record, make_records
 from sqlalchemy.pool import NullPool
@@ -42,6 +43,7 @@ def storage(file: Path) -> Iterator[SQLStorage]:
 def closing(file: Path, timeout: float = 5.0) -> Iterator[SQLStorage]:
     storage = open_storage(f"sqlite:///{file}?timeout={timeout}")
     assert isinstance(storage, SQLStorage)
+    storage.is_of_app = True
     yield storage
     storage.close()
 
@@ -119,6 +121,31 @@ def test_a_wrong_url_is_refused_without_repeating_it(url: str, message: str) -> 
     with pytest.raises(ConfigError, match=message) as caught:
         SQLStorage.from_url(url)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file::memory:?uri=true"]
+)
+def test_an_engine_with_a_database_a_thread_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="a database in memory of its own"):
+        SQLStorage(sa.create_engine(url))
+    with pytest.raises(ConfigError, match="a database in memory of its own"):
+        SQLStorage(sa.create_engine(url, poolclass=NullPool))
+
+
+def test_an_engine_whose_threads_share_a_database_in_memory_is_written_and_read(
+    tmp_path: Path,
+) -> None:
+    engine = sa.create_engine(
+        "sqlite://",
+        poolclass=sa.pool.StaticPool,
+        connect_args={"check_same_thread": False},
+    )
+    site = Site(tmp_path, SQLStorage(engine))
+    site.get()
+    assert len(site.records()) == 1
+    site.close()
+    engine.dispose()
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -640,7 +667,11 @@ def test_a_file_that_goes_away_is_made_again(file: Path, storage: SQLStorage, ho
         for path in file.parent.iterdir():
             path.unlink()
         file.parent.rmdir()
-    assert storage.count() == 0
+    if how == "replaced":
+        assert storage.count() == 0
+    else:
+        with pytest.raises(StorageUnavailable, match="3 records of ours"):
+            storage.count()
     record = make_record()
     with pytest.raises(StorageUnavailable, match="3 records of ours; the next is made"):
         storage.write([record])

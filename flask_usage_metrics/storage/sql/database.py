@@ -31,13 +31,22 @@ class Database:
         given: The dialect, or a Flask-SQLAlchemy object, whose engine may become known later.
         schema: The tables of the storage.
         taken: Called with the dialect once it is known.
+        may_be_absent: Returns whether a database without our tables holds no records; else it is an
+            error to read it.
     """
 
     def __init__(
-        self, given: Dialect | Any, schema: Schema, taken: Callable[[Dialect], None]
+        self,
+        given: Dialect | Any,
+        schema: Schema,
+        taken: Callable[[Dialect], None],
+        may_be_absent: Callable[[], bool],
     ) -> None:
         self.schema = schema
         self._taken = taken
+        self._may_be_absent = may_be_absent
+        # What was lost, until a write has said so.
+        self._lost = ""
         self._db = given
         self._app: Any = None
         self._dialect: Dialect | None = None
@@ -93,16 +102,17 @@ class Database:
             work: Called with the connection; called again, twice at most, after a rollback, if the
                 transaction met a conflict, or a table or column was missing.
             create: Create the file and the tables if there are none.
-            absent: Returned if there are none, and `create` is false.
+            absent: Returned if there are none, `create` is false, and that is no error.
 
         Raises:
-            StorageUnavailable: The database cannot be used now.
+            StorageUnavailable: The database cannot be used now, or is not there.
             StorageError: A value cannot be kept.
         """
         dialect = self.reach()
 
         def transact() -> _T:
             if not self._prepare(dialect, create):
+                self._check_absence(dialect)
                 return absent
             with _connection(dialect) as connection, connection.begin():
                 return work(connection)
@@ -139,6 +149,7 @@ class Database:
 
         def transact() -> _T | None:
             if not self._prepare(dialect, create=False):
+                self._check_absence(dialect)
                 return None
             with (
                 _connection(dialect) as connection,
@@ -214,6 +225,7 @@ class Database:
             with self._dialect.guard():
                 self._start_anew(self._dialect)
                 self._dialect.forget()
+                self._lost = ""
 
     def reset_after_fork(self) -> None:
         """Use new connections in this process; those of the parent are left untouched."""
@@ -242,16 +254,17 @@ class Database:
     def _prepare(self, dialect: Dialect, create: bool) -> bool:
         """Create or upgrade the schema, unless it is known to be current; return if it exists."""
         presence = dialect.presence()
-        if presence == "lost" and create:
-            lost = dialect.give_up()
+        if presence == "lost":
+            self._lost = dialect.give_up() or self._lost
             self._start_anew(dialect)
-            if lost:
-                # Once, for whoever reports it: the next attempt makes another.
-                raise StorageUnavailable(f"{dialect.name}: {lost}; the next is made")
             presence = dialect.presence()
         elif presence == "suspect":
             self._start_anew(dialect)
-        if presence in ("absent", "lost"):
+        if create and self._lost:
+            # Once, for whoever reports it: the next attempt makes another.
+            lost, self._lost = self._lost, ""
+            raise StorageUnavailable(f"{dialect.name}: {lost}; the next is made")
+        if presence == "absent":
             if not create:
                 return False
             self._ready_to_read = self._ready_to_write = False
@@ -273,6 +286,13 @@ class Database:
             self._ready_to_read = exists
             self._ready_to_write = exists and create
             return exists
+
+    def _check_absence(self, dialect: Dialect) -> None:
+        """Raise StorageUnavailable unless what is not there holds no records."""
+        if self._lost or not self._may_be_absent():
+            what = "file" if dialect.presence() == "absent" else "table of records"
+            reason = self._lost or f"there is no {what}: nothing was written yet, or elsewhere"
+            raise StorageUnavailable(f"{dialect.name}: {reason}")
 
     def _start_anew(self, dialect: Dialect) -> None:
         if dialect.owned:

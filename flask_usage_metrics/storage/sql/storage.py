@@ -92,6 +92,7 @@ class SQLStorage(Storage):
             db if engine is None else dialect_of(engine),
             Schema(f"{table_name}_schema", self.components()),
             self._taken,
+            self._may_be_absent,
         )
 
     @classmethod
@@ -112,7 +113,9 @@ class SQLStorage(Storage):
         """
         dialect = open_dialect(url)
         storage = cls(engine=dialect.engine, table_name=table_name)
-        storage.database = Database(dialect, storage.database.schema, storage._taken)
+        storage.database = Database(
+            dialect, storage.database.schema, storage._taken, storage._may_be_absent
+        )
         # A storage that nobody closes closes its connections when it is collected: sqlite3 warns of
         # each that is not since Python 3.13. Not at exit, when the app's own handlers close it.
         when_collected(storage, dialect.engine.dispose)
@@ -149,6 +152,9 @@ class SQLStorage(Storage):
         # Somebody may have given it another name.
         if self.name == SQLStorage.name:
             self.name = dialect.name
+
+    def _may_be_absent(self) -> bool:
+        return self.is_of_app
 
     def _query(self) -> Query:
         return Query(self._table, self.database.reach())

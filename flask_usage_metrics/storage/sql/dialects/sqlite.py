@@ -79,6 +79,12 @@ class SQLite(Dialect):
         timeout: float = BUSY_SECONDS,
     ) -> None:
         super().__init__(engine, owned=owned)
+        if not owned and _is_one_a_connection(engine):
+            raise ConfigError(
+                "each connection of this engine has a database in memory of its own: create it "
+                'with poolclass=StaticPool and connect_args={"check_same_thread": False}, or use '
+                'open_storage("sqlite://")'
+            )
         self._file = None if file is None else DatabaseFile(file)
         self._is_suspect = False
         self._timeout = timeout
@@ -395,6 +401,14 @@ class SQLite(Dialect):
     def distrusts(self, error: sa.exc.DBAPIError) -> bool:
         """Distrust a file unless it is merely locked: it may be repaired or replaced meanwhile."""
         return self._file is not None and not (self._file.is_known() and _is_locked(error))
+
+
+def _is_one_a_connection(engine: sa.Engine) -> bool:
+    """Tell whether the database is in memory, and another for each connection."""
+    name = engine.url.database or ":memory:"
+    in_memory = ":memory:" in name or engine.url.query.get("mode") == "memory"
+    is_shared = "cache=shared" in name or engine.url.query.get("cache") == "shared"
+    return in_memory and not is_shared and not isinstance(engine.pool, StaticPool)
 
 
 def _configure_connection(connection: sqlite3.Connection, _: Any) -> None:
