@@ -148,6 +148,7 @@ def rows(storage: SQLStorage, table: str, condition: str = "1 = 1") -> int:
 @contextmanager
 def storage_in(database: str, table_name: str = "flask_usage") -> Iterator[SQLStorage]:
     storage = SQLStorage.from_url(database, table_name=table_name)
+    storage.is_of_app = True  # as `maintain` is called by a sink of an app
     yield storage
     storage.close()
 
