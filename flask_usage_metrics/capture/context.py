@@ -122,6 +122,17 @@ class RequestContext:
             return headers
         return [*headers, VisitorCookie.header(self._given, environ)]
 
+    def take_trace_of(self, around: RequestContext) -> None:
+        """Take over the span of the app that this one is mounted in, if it has started one."""
+        tracing = self._reader.tracing
+        if tracing is not None and around._trace is not None and around._trace.is_own:
+            self._trace, around._trace = around._trace.handed_to(tracing), None
+
+    def abandon_trace(self) -> None:
+        """End a span of ours of a request that has no record here."""
+        if self._trace is not None:
+            self._trace.abandon()
+
     def end_trace(self) -> Trace | None:
         """End the span; return the request's place in its trace, None if it is not traced."""
         return None if self._trace is None else self._trace.end()

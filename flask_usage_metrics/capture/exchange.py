@@ -56,6 +56,7 @@ class Exchange:
         "_context",
         "_environ",
         "_expected",
+        "_is_left",
         "_next",
         "_observer",
         "_ready",
@@ -78,6 +79,8 @@ class Exchange:
         self._start_response = start_response
         self._request: Request | None = None
         self._context: RequestContext | None = None
+        # Whether another app, mounted in ours, answers; None: not known yet.
+        self._is_left: bool | None = None
         self._status = ""
         self._expected: int | None = None
         self._sent = 0
@@ -129,9 +132,14 @@ class Exchange:
         self._sent += len(data)
         return self._write(data)
 
+    def route(self, routed: Request) -> None:
+        """Keep the routed request, which our app answers; it may have another environ."""
+        self._request = routed
+        self._is_left = False
+
     def learn(self, routed: Request) -> None:
         """Keep the routed request and read the facts of its context, which must be alive."""
-        self._request = routed
+        self.route(routed)
         context, environ = self._context, self._environ
         if context is not None and environ is not None and self.is_tracked():
             context.learn(routed, environ)
@@ -239,10 +247,24 @@ class Exchange:
         """Tell whether this exchange has this very environ: a copy refers to the original's."""
         return self._environ is environ
 
+    def is_by(self, observer: Observer) -> bool:
+        """Tell whether this is an exchange of the observer's app."""
+        return self._observer is observer
+
+    def leave_to_another(self) -> None:
+        """Count nothing here, as an app mounted in ours is called; unless ours answers as well."""
+        if self._is_left is None:
+            self._is_left = True
+
+    def hand_trace_to(self, context: RequestContext) -> None:
+        """Give our span, if the request is left to another app, to the context of that app."""
+        if self._is_left and self._context is not None:
+            context.take_trace_of(self._context)
+
     def is_tracked(self) -> bool:
         """Tell whether the request is tracked, by the route known so far; False once ended."""
         environ = self._environ
-        if environ is None:
+        if environ is None or self._is_left:
             return False
         routed = self._request or environ.get("werkzeug.request")
         rule = routed.url_rule if isinstance(routed, Request) else None
@@ -263,7 +285,13 @@ class Exchange:
         duration_ns = perf_counter_ns() - self._clock
         observer = self._observer
         try:
+            if self._is_left:
+                if self._context is not None:
+                    self._context.abandon_trace()
+                return
             routed = self._request or observer.match(environ)
+            if routed is not None:
+                environ = routed.environ
             rule = None if routed is None else routed.url_rule
             endpoint = None if rule is None else rule.endpoint
             scope = observer.scope

@@ -8,9 +8,10 @@ request's context is alive, so that is where route and user are learned.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask, got_request_exception, request, request_finished
+from flask import Flask, got_request_exception, request, request_finished, request_started
 
 from flask_usage_metrics.capture.exchange import Exchange
 from flask_usage_metrics.capture.observer import Observer
@@ -19,6 +20,11 @@ from flask_usage_metrics.runtime.forks import FORKS
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+
+_around: ContextVar[Exchange | None] = ContextVar("flask_usage_metrics.around", default=None)
+"""The exchange of an app that may answer by another app mounted in it. Not in the environ: a
+dispatcher or a middleware may hand on another one, with or without our keys."""
 
 
 class Middleware:
@@ -45,10 +51,14 @@ class Middleware:
         self._is_started = False
         self._notice: Callable[[], None] | None = None
         self._reads_context = False
-        self._wsgi_app: WSGIApplication = app.wsgi_app
+        self._inner_app: WSGIApplication = app.wsgi_app
         got_request_exception.connect(self._on_exception, app)
+        self._wsgi_app: WSGIApplication = app.wsgi_app
         if getattr(app.wsgi_app, "__func__", None) is not Flask.wsgi_app:
-            # What lies between us and Flask may call start_response when the context is gone.
+            self._wsgi_app = self._call_around
+            # What lies between us and Flask may hand on another environ, call start_response when
+            # the context is gone, or have another app answer.
+            request_started.connect(self._on_started, app)
             request_finished.connect(self._on_finished, app)
         FORKS.register(self)
 
@@ -63,6 +73,9 @@ class Middleware:
         observer = self.observer
         exchange = Exchange(observer, environ, start_response)
         environ[key] = exchange
+        around = _around.get()
+        if around is not None:
+            around.leave_to_another()
         observer.live.add(exchange)
         if not self._is_started:
             self._get_ready(environ)
@@ -71,6 +84,8 @@ class Middleware:
         try:
             if self._reads_context:
                 context = exchange.read_context(environ)
+                if around is not None:
+                    around.hand_trace_to(context)
                 body = context.run(self._wsgi_app, environ, exchange.start_response)
             else:
                 body = self._wsgi_app(environ, exchange.start_response)
@@ -78,6 +93,15 @@ class Middleware:
             exchange.fail(error)
             raise
         return exchange.attach(body)
+
+    def _call_around(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        token = _around.set(environ[self.key])
+        try:
+            return self._inner_app(environ, start_response)
+        finally:
+            _around.reset(token)
 
     def reset_after_fork(self) -> None:
         """Start anew in a forked child, whose first request is still to come."""
@@ -97,13 +121,39 @@ class Middleware:
         # Last: concurrent first requests come here too, and wait in start() for the journal.
         self._is_started = True
 
+    def _current(self) -> Exchange | None:
+        """Return the exchange of the request whose context is alive; None if it has none."""
+        exchange: Exchange | None = request.environ.get(self.key)
+        if exchange is None:  # perhaps a middleware handed on an environ of its own
+            exchange = _around.get()
+            if exchange is not None and not exchange.is_by(self.observer):
+                return None
+        return exchange
+
+    def _on_started(self, _app: Flask, **_: Any) -> None:
+        exchange = self._current()
+        if exchange is not None:
+            exchange.route(request._get_current_object())  # type: ignore[attr-defined]
+
     def _on_exception(self, _app: Flask, exception: BaseException, **_: Any) -> None:
-        exchange = request.environ.get(self.key)
+        exchange = self._current()
         if exchange is not None:
             exchange.exception = type(exception).__name__
             exchange.learn(request._get_current_object())  # type: ignore[attr-defined]
 
     def _on_finished(self, _app: Flask, **_: Any) -> None:
-        exchange = request.environ.get(self.key)
+        exchange = self._current()
         if exchange is not None:
             exchange.learn(request._get_current_object())  # type: ignore[attr-defined]
+
+
+def uncounted(wsgi_app: WSGIApplication) -> WSGIApplication:
+    """Return a WSGI app whose requests do not count for a tracked app that it is mounted in."""
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        around = _around.get()
+        if around is not None:
+            around.leave_to_another()
+        return wsgi_app(environ, start_response)
+
+    return answer

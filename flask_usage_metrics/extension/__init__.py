@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from flask import Flask, current_app, has_app_context
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from flask_usage_metrics.capture.middleware import uncounted
 from flask_usage_metrics.capture.scope import Marks
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.extension.tracking import Tracking, tracking_of
@@ -187,7 +188,7 @@ class TrackUsage:
         Raises:
             RuntimeError: It is not clear which app is meant.
         """
-        return self._tracking().exposition.wsgi_app()
+        return uncounted(self._tracking().exposition.wsgi_app())
 
     def _tracking(self) -> Tracking:
         apps = list(self._apps)

@@ -167,6 +167,21 @@ class RequestTrace:
         self._context = context
         self._caller = caller
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the span is ours, rather than joined."""
+        return self._context is not None
+
+    def handed_to(self, tracing: Tracing) -> RequestTrace:
+        """Return the same place in the trace, for another app to end the span."""
+        return RequestTrace(tracing, self._span, self._context, self._caller)
+
+    def abandon(self) -> None:
+        """End a span of ours at once, as it belongs to no record."""
+        if self._context is not None and self._span is not None:
+            with self._tracing.faults.caught("traces", "a span is not ended"):
+                self._span.end()
+
     def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Call a function of the app with our span current; return its result.
 
@@ -207,7 +222,7 @@ class RequestTrace:
         found = span.get_span_context()
         if not found.is_valid:
             return None
-        is_own = self._context is not None
+        is_own = self.is_own
         sampled = found.trace_flags.sampled and not found.is_remote
         span_id = trace.format_span_id(found.span_id)
         if is_own and sampled:
