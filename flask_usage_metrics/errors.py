@@ -21,7 +21,21 @@ class ConfigError(UsageMetricsError, ValueError):
 
 
 class StorageError(UsageMetricsError):
-    """A storage could not do what it was asked for."""
+    """A storage could not do what it was asked for.
+
+    Args:
+        *args: As of any exception; never logged.
+        reason: Why, in words that hold no path, address, value or secret: these are logged.
+
+    Attributes:
+        reason: The same; None: not told.
+    """
+
+    reason: str | None = None
+
+    def __init__(self, *args: object, reason: str | None = None) -> None:
+        super().__init__(*args if args or reason is None else (reason,))
+        self.reason = reason
 
 
 class StorageUnavailable(StorageError):
@@ -37,6 +51,5 @@ class RecordsRejected(StorageError):
     """
 
     def __init__(self, positions: Sequence[int], reason: str) -> None:
-        super().__init__(f"{len(positions)} record(s) rejected: {reason}")
+        super().__init__(f"{len(positions)} record(s) rejected: {reason}", reason=reason)
         self.positions = positions
-        self.reason = reason

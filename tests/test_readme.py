@@ -17,6 +17,7 @@ from flask_usage_metrics import UsageRecord, cli, open_storage
 from flask_usage_metrics.extension.settings import KEYS
 from flask_usage_metrics.metrics.names import DESCRIPTIONS
 from flask_usage_metrics.records.query import EQUALITY_FILTERS
+from flask_usage_metrics.runtime.fault_acts import ACTS
 from flask_usage_metrics.storage import Storage
 
 ROOT = Path(__file__).parent.parent
@@ -188,6 +189,8 @@ def test_each_fault_part_is_explained_and_there_are_no_others() -> None:
                     reported.add(texts[node.args[0]])
     assert len(reported) >= 15
     assert reported <= explained
+    # The log line of each says what to do.
+    assert {part.removesuffix(" <name>") for part in explained} == ACTS.keys() - {"sink traces"}
     # Some are named by a variable: "username", "track_var".
     assert explained <= spelled
 

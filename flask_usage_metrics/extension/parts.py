@@ -164,7 +164,7 @@ def make_pseudonyms(app: Flask, totals: Totals, faults: Faults) -> Pseudonyms:
             files = [home / PSEUDONYMS for home in totals.state.homes()]
             return [find_key(files) or make_key(totals.state.home() / PSEUDONYMS)]
         except (OSError, StateUnavailable) as error:
-            faults.report("pseudonyms", error, "no user names are kept; set SECRET_KEY")
+            faults.report("pseudonyms", error, "no user names are kept")
             return []
 
     return Pseudonyms(keys)

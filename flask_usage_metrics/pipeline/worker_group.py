@@ -146,5 +146,5 @@ class WorkerGroup:
         self._faults.report(
             "state",
             f"no place for the state directory ({reason})",
-            "what is captured does not survive a kill; see TRACK_USAGE_STATE_DIR",
+            "what is captured does not survive a kill",
         )

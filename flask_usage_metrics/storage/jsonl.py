@@ -285,4 +285,4 @@ def _unavailable_if_os_fails() -> Iterator[None]:
     except OSError as error:
         # Not the error's own text, which names the file.
         reason = os.strerror(error.errno) if error.errno else type(error).__name__
-        raise StorageUnavailable(f"jsonl: {reason}") from None
+        raise StorageUnavailable(reason=f"jsonl: {reason}") from None

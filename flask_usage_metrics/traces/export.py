@@ -155,11 +155,11 @@ class _OwnProvider:
             self._is_up = self._send(spans)
         except Exception as error:  # noqa: BLE001 - exporters of the app raise anything
             self._is_up = False
-            raise StorageUnavailable(f"traces: {type(error).__name__}") from None
+            raise StorageUnavailable(reason=f"traces: {type(error).__name__}") from None
         finally:
             otel_context.detach(token)
         if not self._is_up:
-            raise StorageUnavailable("traces: the collector did not take the spans")
+            raise StorageUnavailable(reason="traces: the collector did not take the spans")
 
     def _send(self, spans: Sequence[ReadableSpan]) -> bool:
         from opentelemetry.sdk.trace.export import SpanExportResult

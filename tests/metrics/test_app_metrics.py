@@ -345,7 +345,9 @@ def test_a_missing_folder_is_reported_and_gives_nothing(
     caplog.clear()
     assert list(files.collect()) == list(files.collect()) == []
     assert [record.message for record in caplog.records] == [
-        "multiprocess: FileNotFoundError; no metrics are merged from PROMETHEUS_MULTIPROC_DIR"
+        "multiprocess: FileNotFoundError (No such file or directory); "
+        "no metrics are merged from PROMETHEUS_MULTIPROC_DIR; "
+        "set PROMETHEUS_MULTIPROC_DIR, to an empty folder, where the server is started"
     ]
     assert left_out(faults) == 2
 
@@ -543,7 +545,8 @@ def test_a_variable_that_was_set_too_late_is_reported_in_one_sentence(
         assert isinstance(multiprocess_files(faults), MultiprocessFiles)
     assert [record.message for record in caplog.records] == [
         "multiprocess: PROMETHEUS_MULTIPROC_DIR was set after prometheus_client had been imported; "
-        "this worker's own metrics are not shared: set it in the environment that starts the server"
+        "this worker's own metrics are not shared; "
+        "set PROMETHEUS_MULTIPROC_DIR, to an empty folder, where the server is started"
     ]
 
 

@@ -70,7 +70,8 @@ def test_a_callable_that_raises_is_tried_once_a_record(
     assert site.account("append") == counts(20)
     assert site.account("metrics") == counts(20)
     assert [message for message in caplog.messages if "broken" in message] == [
-        f"sink broken: {error.__name__}; records were not written"
+        f"sink broken: {error.__name__}; records were not written; "
+        "look at the storage in TRACK_USAGE_STORAGE: is it up, has it room, who may write"
     ]
     assert "secret-token" not in caplog.text
     assert site.samples("flask_usage_sink_up")[(("sink", "broken"),)] == 0

@@ -342,7 +342,7 @@ def test_a_hook_that_raises_harms_neither_record_nor_other_hooks(
     assert site.samples("flask_usage_sink_up")[(("sink", storage.name),)] == 1
     assert site.faults() == {"hook broken": 20}
     assert [message for message in caplog.messages if "hook" in message] == [
-        f"hook broken: {error.__name__}; the record is kept all the same"
+        f"hook broken: {error.__name__}; the record is kept all the same; mend the hook"
     ]
     assert "secret-token" not in caplog.text
 

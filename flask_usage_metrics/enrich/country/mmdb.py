@@ -16,7 +16,7 @@ import maxminddb
 from flask_usage_metrics.enrich.country.answer import UNKNOWN, Answer, as_answer
 from flask_usage_metrics.enrich.country.limits import Limits
 from flask_usage_metrics.runtime.caches import TwoGenerationCache
-from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.faults import Faults, reason_of
 
 logger = logging.getLogger("flask_usage_metrics")
 
@@ -66,7 +66,7 @@ class CountryFile:
             reader, self._signature = _open_copy(self._path)
         except (OSError, ValueError, maxminddb.InvalidDatabaseError) as error:
             kept = "the one read before is used" if self._answers else "countries are unknown"
-            reason = type(error).__name__
+            reason = reason_of(error)
             self._faults.report("country", f"the MMDB file cannot be read ({reason})", kept)
             return
         # The old reader is not closed: whoever has it may be in the middle of a lookup. A cache, as

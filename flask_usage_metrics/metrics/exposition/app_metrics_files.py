@@ -68,8 +68,7 @@ class MultiprocessFiles(Collector):
         if not getattr(values.ValueClass, "_multiprocess", True):
             self.report(
                 f"{_VARIABLE} was set after prometheus_client had been imported",
-                "this worker's own metrics are not shared: set it in the environment that starts "
-                "the server",
+                "this worker's own metrics are not shared",
             )
 
     def collect(self) -> Iterator[Metric]:

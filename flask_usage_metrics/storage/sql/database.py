@@ -86,7 +86,7 @@ class Database:
                 return self._take(dialect_of(self._db.engine))
         except RuntimeError:
             raise StorageUnavailable(
-                "db tells its engine only in an app context: create the storage inside "
+                reason="db tells its engine only in an app context: create the storage inside "
                 "`with app.app_context():`, or pass the engine"
             ) from None
 
@@ -177,22 +177,22 @@ class Database:
                 except OSError as error:
                     # Not the error's own text, which names the file.
                     reason = os.strerror(error.errno) if error.errno else str(error)
-                    raise StorageUnavailable(f"{dialect.name}: {reason}") from None
+                    raise StorageUnavailable(reason=f"{dialect.name}: {reason}") from None
                 except sa.exc.TimeoutError:
                     raise StorageUnavailable(
-                        f"{dialect.name}: all connections of the engine are in use"
+                        reason=f"{dialect.name}: all connections of the engine are in use"
                     ) from None
                 except sa.exc.DBAPIError as error:
                     fault = dialect.fault_of(error)
                     message = f"{dialect.name}: {dialect.reason(error)}"
                     if fault is Fault.DATA:
-                        raise StorageError(message) from error.orig
+                        raise StorageError(reason=message) from error.orig
                     if fault is Fault.SCHEMA:
                         self._ready_to_read = self._ready_to_write = self._trusts = False
                     elif dialect.distrusts(error):
                         self._start_anew(dialect)
                     if fault is Fault.UNAVAILABLE or attempt == _ATTEMPTS - 1:
-                        raise StorageUnavailable(message) from error.orig
+                        raise StorageUnavailable(reason=message) from error.orig
         raise AssertionError("unreachable")
 
     def plan(self) -> list[Step]:
@@ -263,7 +263,7 @@ class Database:
         if create and self._lost:
             # Once, for whoever reports it: the next attempt makes another.
             lost, self._lost = self._lost, ""
-            raise StorageUnavailable(f"{dialect.name}: {lost}; the next is made")
+            raise StorageUnavailable(reason=f"{dialect.name}: {lost}; the next is made")
         if presence == "absent":
             if not create:
                 return False
@@ -292,7 +292,7 @@ class Database:
         if self._lost or not self._may_be_absent():
             what = "file" if dialect.presence() == "absent" else "table of records"
             reason = self._lost or f"there is no {what}: nothing was written yet, or elsewhere"
-            raise StorageUnavailable(f"{dialect.name}: {reason}")
+            raise StorageUnavailable(reason=f"{dialect.name}: {reason}")
 
     def _start_anew(self, dialect: Dialect) -> None:
         if dialect.owned:

@@ -171,7 +171,7 @@ def _steps_for(
     inspector = sa.inspect(connection)
     name, schema = table.name, table.schema
     if name in inspector.get_view_names(schema):
-        raise StorageUnavailable(f"{dialect.name}: {name} is a view, but must be a table")
+        raise StorageUnavailable(reason=f"{dialect.name}: {name} is a view, but must be a table")
     found: set[str | None] = set()
     if inspector.has_table(name, schema):
         yield from _changes(dialect, connection, table, inspector.get_columns(name, schema))
@@ -215,7 +215,7 @@ def _changes(
             changes.append(f"widen the column {table.name}.{column.name} from {was} to {wanted}")
     if problems:
         raise StorageUnavailable(
-            f"{dialect.name}: the table {table.name} cannot be used: {'; '.join(problems)}"
+            reason=f"{dialect.name}: the table {table.name} cannot be used: {'; '.join(problems)}"
         )
     if not clauses:
         return

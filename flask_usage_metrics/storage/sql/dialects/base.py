@@ -100,7 +100,7 @@ class Dialect(ABC):
             raise
         except Exception as error:  # noqa: BLE001 - it must not look as if a record were the cause
             reason = f"cannot connect ({type(error).__name__})"
-            raise StorageUnavailable(f"{self.name}: {reason}") from None
+            raise StorageUnavailable(reason=f"{self.name}: {reason}") from None
 
     def reset_after_fork(self) -> None:  # noqa: B027 - there may be nothing to do
         """Make locks anew, and forget the parent process's files; called in a forked child."""

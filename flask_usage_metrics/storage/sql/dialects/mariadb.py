@@ -196,7 +196,7 @@ class MariaDB(Dialect):
         # The server would close the connection, which looks like an outage.
         most = connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one()
         if 2 * len(batch) > most - 10_000:
-            raise StorageError("mysql: records are larger than max_allowed_packet")
+            raise StorageError(reason="mysql: records are larger than max_allowed_packet")
 
     def _insert(self, table: sa.Table, columns: Sequence[str], batch: bytes) -> str:
         prepare = self.engine.dialect.identifier_preparer

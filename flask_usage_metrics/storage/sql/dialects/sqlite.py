@@ -172,7 +172,7 @@ class SQLite(Dialect):
                         connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").close()
             self._file.remove_remains()
         except StorageUnavailable as error:
-            raise StorageUnavailable(f"{self.name}: {error}") from None
+            raise StorageUnavailable(reason=f"{self.name}: {error}") from None
         self.forget()
         return lost
 
@@ -186,7 +186,7 @@ class SQLite(Dialect):
         if self._file is None:
             return
         if self._file.change() in ("gone", "replaced", "emptied"):
-            raise StorageUnavailable(f"{self.name}: the file was replaced meanwhile")
+            raise StorageUnavailable(reason=f"{self.name}: the file was replaced meanwhile")
         self._file.note()
         self._file.records += records
 
@@ -204,7 +204,7 @@ class SQLite(Dialect):
         """Switch a file of our own to a write-ahead log, if somebody is going to write."""
         if self._is_suspect:
             if connection.exec_driver_sql("PRAGMA quick_check(1)").scalar() != "ok":
-                raise StorageUnavailable(f"{self.name}: the file was cut off: replace it")
+                raise StorageUnavailable(reason=f"{self.name}: the file was cut off: replace it")
             self._is_suspect = False
         if not (create and self.owned and self._file is not None):
             return

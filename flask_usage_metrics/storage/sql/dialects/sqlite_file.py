@@ -89,7 +89,8 @@ class DatabaseFile:
             self._empty_since = now
         if now - self._empty_since < _EMPTY_SECONDS:
             raise StorageUnavailable(
-                f"the file was emptied: {self.records} records that this process wrote are lost"
+                reason=f"the file was emptied: {self.records} records that this process wrote are "
+                "lost"
             )
 
     def remove_remains(self) -> None:
@@ -109,7 +110,7 @@ class DatabaseFile:
             deadline = time.monotonic() + _LOCK_SECONDS
             while not try_lock(folder):
                 if time.monotonic() > deadline:
-                    raise StorageUnavailable("another process replaces the file")
+                    raise StorageUnavailable(reason="another process replaces the file")
                 time.sleep(0.01)
             with suppress(OSError):
                 found = _stat(self.path)
