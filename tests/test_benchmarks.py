@@ -48,6 +48,7 @@ def run_benchmarks(*arguments: str) -> Done:
 
 
 @pytest.mark.servers
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("part", EVERYBODY)
 def test_each_part_measures_everybody(part: str) -> None:
     done = run_benchmarks(part, "--quick")
