@@ -28,14 +28,17 @@ DATABASES = frozenset({"postgresql", "mariadb"})
 """Fixtures that start a server; tests also ask for them by a parameter of this name."""
 
 LONG = (
-    "test_rollups",
-    "test_sql",
     "test_benchmarks",
-    "test_sqlite",
-    "test_dashboards_live",
-    "test_workers",
-    "test_exposition",
+    "test_sql",
     "test_rules",
+    "test_workers",
+    "test_recovery",
+    "test_sqlite",
+    "test_servers",
+    "test_rollups",
+    "test_dashboards_live",
+    "test_replay_spans",
+    "test_redaction",
 )
 """Files that take longest, the longest first."""
 
