@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
-from flask_usage_metrics.pipeline.journal_file import JournalFile, encode, escape_surrogates
+from flask_usage_metrics.pipeline.journal_file import JournalFile
+from flask_usage_metrics.pipeline.payload import encode, escape_surrogates
 from flask_usage_metrics.records.observation import Observation
 from flask_usage_metrics.runtime.forks import FORKS
 
@@ -115,7 +116,19 @@ class Journal:
     def is_durable(self) -> bool:
         """Tell whether all that was appended survives a kill, here or elsewhere."""
         file = self.file
-        return file is not None and file.is_there() and self._last_unwritten <= self._last_durable
+        return file is not None and file.is_whole() and self._last_unwritten <= self._last_durable
+
+    def restore(self) -> None:
+        """Have the file on disk again, where it was, after somebody removed, moved or cut it.
+
+        Raises:
+            OSError: It cannot be made.
+        """
+        if self.file is not None:
+            with self._lock:
+                if not self.file.restore():
+                    # What was in it is in memory only.
+                    self._last_unwritten = self._sequence
 
     def truncate(self, sequence: int) -> None:
         """Remove from the file all observations up to this number: they are durable elsewhere."""

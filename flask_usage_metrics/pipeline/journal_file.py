@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
 from weakref import finalize
 from zlib import crc32
 
 import msgspec
 
+from flask_usage_metrics.pipeline.payload import decode
 from flask_usage_metrics.records.observation import Observation, Origin
 from flask_usage_metrics.runtime.private_files import (
     is_still,
@@ -22,7 +22,6 @@ from flask_usage_metrics.runtime.private_files import (
     open_private,
     try_lock,
 )
-from flask_usage_metrics.runtime.texts import encodable
 
 FILE_BYTES = 4 * 1024 * 1024
 """Size of the ring: some 8 000 requests of 500 bytes."""
@@ -40,17 +39,6 @@ _FRAME = struct.Struct("=IIQII")  # length, checksum, sequence, commit number, u
 _NEW_FRAME = struct.Struct("=IIQQ")  # the same before any commit
 _COMMIT = 4  # position of the commit number among a frame's words of 32 bits
 _SKIP = 0xFFFFFFFF  # in place of a length: the next frame begins at the start of the ring
-
-encode = msgspec.msgpack.Encoder().encode
-"""Return an observation as the payload of a frame; for any thread.
-
-Raises:
-    UnicodeEncodeError: There is a lone surrogate in it, see `escape_surrogates`.
-"""
-
-_decode = msgspec.msgpack.Decoder(Observation).decode
-
-_S = TypeVar("_S", bound=msgspec.Struct)
 
 
 class JournalFile:
@@ -78,22 +66,27 @@ class JournalFile:
         self.origin = origin
         self.filling: Callable[[], None] = _do_nothing
         self._path = path
-        self._descriptor = descriptor
         self._size = size
         self._allocated = allocated
-        self._map = mmap.mmap(descriptor, _HEADER_BYTES + size)
+        # Sequence number -> offset in the map, oldest first, of each frame that is not truncated.
+        self._frames: dict[int, int] = {}
+        self._use(mmap.mmap(descriptor, _HEADER_BYTES + size), descriptor)
+
+    def _use(self, mapped: mmap.mmap, descriptor: int) -> None:
+        """Take a mapped file, and go on where its header says."""
+        self._map = mapped
+        self._descriptor = descriptor
         self._close = finalize(self, os.close, descriptor)
         self._close.atexit = False  # the pipeline ends later, by an exit handler of its own
         # Hot path: see tests/benchmarks/README.md.
         self._header_words = memoryview(self._map).cast("Q")
         self._frame_words = memoryview(self._map).cast("I")
         self._tail: int = self._header_words[_TAIL]
+        self._committed: int = self._header_words[_COMMITTED]
         # Offsets in the map: where the next frame begins, and what it must not reach beyond. Head
         # and tail never wrap: `_ahead` is how much more than the offset the head is.
         self._at = self._limit = self._ahead = 0
         self._move(self._header_words[_HEAD])
-        # Sequence number -> offset in the map, oldest first, of each frame that is not truncated.
-        self._frames: dict[int, int] = {}
 
     @classmethod
     def create(cls, folder: Path, origin: Origin, size: int = FILE_BYTES) -> JournalFile:
@@ -115,11 +108,7 @@ class JournalFile:
             allocated = min(_FIRST_BYTES, size)
             os.posix_fallocate(descriptor, 0, _HEADER_BYTES + allocated)
             os.ftruncate(descriptor, _HEADER_BYTES + size)
-            meta = msgspec.json.encode(origin)
-            header = _HEADER.pack(_MAGIC, size, 0, 0, 0, len(meta)) + meta
-            if len(header) > _HEADER_BYTES:
-                raise OSError("too many country headers")
-            os.pwrite(descriptor, header, 0)
+            os.pwrite(descriptor, _header(origin, size), 0)
             return cls(path, descriptor, origin, size, allocated)
         except BaseException:
             os.close(descriptor)
@@ -156,11 +145,13 @@ class JournalFile:
     @property
     def committed(self) -> int:
         """Number of the last commit that is in the totals, 0 before the first."""
-        return int(self._header_words[_COMMITTED])
+        return self._committed
 
     @committed.setter
     def committed(self, number: int) -> None:
-        self._header_words[_COMMITTED] = number
+        self._committed = number
+        if not self._is_cut():
+            self._header_words[_COMMITTED] = number
 
     def append(self, sequence: int, payload: bytes) -> bool:
         """Write a frame; return False, and write nothing, when there is no room.
@@ -197,6 +188,10 @@ class JournalFile:
 
     def _find_room(self, length: int) -> bool:
         """Make room for a frame that is written at once; return False when there is none."""
+        # Asked for with the first frame after each `truncate`: so often a cut is looked for.
+        if self._is_cut():
+            self.filling()
+            return False
         start = self._head
         offset = start % self._size
         gap = self._size - offset if offset + length > self._size else 0
@@ -231,6 +226,8 @@ class JournalFile:
     def mark(self, sequences: Iterable[int], commit: int) -> None:
         """Write into frames the number of the commit that is about to count them; 0: none is."""
         frames, words = self._frames, self._frame_words
+        if self._is_cut():
+            return
         for sequence in sequences:
             if sequence in frames:
                 words[frames[sequence] // 4 + _COMMIT] = commit
@@ -240,6 +237,8 @@ class JournalFile:
 
         They hold what came with requests, before anything was taken away for privacy's sake.
         """
+        if self._is_cut():
+            return
         frames = self._frames
         start = self._tail
         # Listed first: a new iterator would pass all the gaps at the front of the dict each time.
@@ -293,7 +292,7 @@ class JournalFile:
             position += _FRAME.size + length + 7 & ~7
             self._frames[sequence] = at
             with suppress(msgspec.DecodeError, UnicodeDecodeError):
-                yield sequence, commit, _decode(payload)
+                yield sequence, commit, decode(payload)
 
     def fullness(self) -> float:
         """Return how much of the ring is taken, from 0 to 1."""
@@ -303,9 +302,58 @@ class JournalFile:
         """Tell whether everything is truncated."""
         return not self._frames and self._tail >= self._head
 
-    def is_there(self) -> bool:
-        """Tell whether the path still names this file, so that another process can recover it."""
-        return is_still(self._path, self._descriptor)
+    def is_whole(self) -> bool:
+        """Tell whether another process can recover it: the path still names it, and it is not cut.
+
+        What is written behind the end of a file that was cut kills the process (SIGBUS).
+        """
+        return is_still(self._path, self._descriptor) and not self._is_cut()
+
+    def _is_cut(self) -> bool:
+        return os.fstat(self._descriptor).st_size < _HEADER_BYTES + self._size
+
+    def restore(self) -> bool:
+        """Make the file anew in its folder, which exists, and go on in that one.
+
+        Returns:
+            Whether all that was in it still is; False: it was cut.
+
+        Raises:
+            OSError: It cannot be made; the old one is used on.
+        """
+        is_cut = self._is_cut()
+        old, size = self._map, _HEADER_BYTES + self._allocated
+        # Not read from a file that was cut: the process would be killed.
+        content = None if is_cut else old[:size]
+        if is_still(self._path, self._descriptor):
+            self._path.unlink()
+        descriptor = open_private(self._path, exclusive=True)
+        try:
+            if not try_lock(descriptor):
+                raise BlockingIOError
+            os.posix_fallocate(descriptor, 0, size)
+            os.ftruncate(descriptor, _HEADER_BYTES + self._size)
+            # The header last: without it a process that is killed meanwhile has left no journal.
+            if content is not None:
+                os.pwrite(descriptor, content[_HEADER_BYTES:], _HEADER_BYTES)
+                os.pwrite(descriptor, content[:_HEADER_BYTES], 0)
+            else:
+                os.pwrite(descriptor, _header(self.origin, self._size), 0)
+            new = mmap.mmap(descriptor, _HEADER_BYTES + self._size)
+        except BaseException:
+            os.close(descriptor)
+            self._path.unlink()
+            raise
+        if content is not None:
+            # Wherever it is now, nobody is to recover the same from there as well.
+            self._header_words[_TAIL] = self._header_words[_HEAD]
+        committed = self._committed
+        self._release()
+        self._use(new, descriptor)
+        if is_cut:
+            self._frames.clear()
+            self.committed = committed
+        return not is_cut
 
     def close(self, *, remove: bool) -> None:
         """Unmap and unlock.
@@ -316,28 +364,23 @@ class JournalFile:
         if remove:
             with suppress(OSError):
                 self._path.unlink()
+        self._release()
+
+    def _release(self) -> None:
         self._header_words.release()
         self._frame_words.release()
         self._map.close()
         self._close()
 
 
+def _header(origin: Origin, size: int) -> bytes:
+    """Return the header of a new file."""
+    meta = msgspec.json.encode(origin)
+    header = _HEADER.pack(_MAGIC, size, 0, 0, 0, len(meta)) + meta
+    if len(header) > _HEADER_BYTES:
+        raise OSError("too many country headers")
+    return header
+
+
 def _do_nothing() -> None:
     """Stand in for `JournalFile.filling` until somebody sets it."""
-
-
-def escape_surrogates(observation: Observation) -> Observation:
-    r"""Return an observation whose texts have lone surrogates as escapes, such as ``\ud800``."""
-    changes: dict[str, Any] = {"environ": tuple(map(encodable, observation.environ))}
-    if observation.extras is not None:
-        changes["extras"] = _escape_texts(observation.extras)
-    return msgspec.structs.replace(_escape_texts(observation), **changes)
-
-
-def _escape_texts(value: _S) -> _S:
-    texts = {
-        name: encodable(text)
-        for name, text in msgspec.structs.asdict(value).items()
-        if isinstance(text, str)
-    }
-    return msgspec.structs.replace(value, **texts)

@@ -17,6 +17,7 @@ from flask_usage_metrics.pipeline.checkpoints import Checkpoints, JournalEntry, 
 from flask_usage_metrics.pipeline.delivery.sink import Accepts, Sink
 from flask_usage_metrics.pipeline.journal import Journal
 from flask_usage_metrics.pipeline.losses import Losses
+from flask_usage_metrics.pipeline.restoring import Restoring
 from flask_usage_metrics.pipeline.worker_group import WorkerGroup
 from flask_usage_metrics.pipeline.yielding import yielding
 from flask_usage_metrics.records.observation import Observation
@@ -82,6 +83,7 @@ class Processor:
         self.counters = totals.sink_counters(METRICS_SINK)
         self._sinks = sinks
         self._faults = faults
+        self._restoring = Restoring(journal, worker_group, sinks)
         accepts: dict[str, Accepts | None] = {sink.name: sink.accepts for sink in sinks}
         self.losses = Losses({METRICS_SINK: None, **accepts})
         self._start_anew()
@@ -184,6 +186,7 @@ class Processor:
 
     def _process(self, grace: float) -> None:
         self._enricher.maintain()
+        self._restoring.look()
         recovered = list(self._recover())
         waiting, self._unlocated = self._unlocated, []
         self._process_entries([*waiting, *recovered])

@@ -75,14 +75,14 @@ class WorkerGroup:
             if server.is_shared:
                 self._totals.share(run.folder / TOTALS)
         except (OSError, StateUnavailable) as error:
-            self._complain(error)
+            self.complain(error)
             if server.is_shared:
                 self._totals.stay_alone()
             return None
         try:
             return JournalFile.create(run.folder, origin)
         except OSError as error:
-            self._complain(error)
+            self.complain(error)
             return None
 
     def spool(self, sink: str) -> Spool | None:
@@ -139,7 +139,19 @@ class WorkerGroup:
             if file is not None:
                 yield file
 
-    def _complain(self, error: Exception) -> None:
+    def rejoin(self) -> None:
+        """Become a member of the same server run again, whose folder was removed.
+
+        Raises:
+            OSError: The folder cannot be made.
+            StateUnavailable: Other users may write there.
+        """
+        if self._server_run is not None:
+            self._server_run.release()
+            self._server_run.join()
+
+    def complain(self, error: Exception) -> None:
+        """Report that there is no place for what this process keeps on disk."""
         reason = str(error) if isinstance(error, StateUnavailable) else type(error).__name__
         if isinstance(error, OSError) and error.errno:
             reason = os.strerror(error.errno)

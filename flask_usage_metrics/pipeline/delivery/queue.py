@@ -133,6 +133,15 @@ class SinkQueue:
             self._acked += dropped - gone
             self._count_dropped(dropped - gone)
 
+    def is_on_disk(self) -> bool:
+        """Tell whether the files of the spool are where another process would look for them."""
+        return self._spool is None or self._spool.is_there()
+
+    def restore(self) -> None:
+        """Have the files of the spool on disk again; raises OSError if they cannot be made."""
+        if self._spool is not None:
+            self._spool.restore()
+
     def release(self) -> None:
         """Close the spool, for any process to recover, also this one; none must be in flight."""
         if self._spool is not None:

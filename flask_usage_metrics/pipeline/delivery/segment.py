@@ -97,6 +97,35 @@ class Segment:
         """
         return try_lock(self.descriptor) and is_still(self.path, self.descriptor)
 
+    def is_there(self) -> bool:
+        """Tell whether the path still names this file."""
+        return is_still(self.path, self.descriptor)
+
+    def restore(self) -> None:
+        """Copy the file to its path, where it is no more, and go on in the copy.
+
+        Raises:
+            OSError: It cannot be written, or there is something else.
+        """
+        copy = open_private(self.path, exclusive=True)
+        try:
+            if not try_lock(copy):
+                raise BlockingIOError
+            offset = self.size
+            # The header last: without it nobody takes it for a segment.
+            while offset > 0:
+                start = max(offset - _CHUNK_BYTES, 0)
+                _write_all(copy, _read(self.descriptor, offset - start, start), start)
+                offset = start
+        except BaseException:
+            os.close(copy)
+            self.path.unlink()
+            raise
+        with suppress(OSError):  # wherever it is now, nobody is to recover the same from there
+            os.ftruncate(self.descriptor, 0)
+        os.close(self.descriptor)
+        self.descriptor = copy
+
     # ------------------------------------------------------------------------ writing
 
     def write_header(self) -> None:

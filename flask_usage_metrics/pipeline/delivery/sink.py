@@ -178,6 +178,19 @@ class Sink:
         with self._changed:
             self._queue.spill()
 
+    def is_on_disk(self) -> bool:
+        """Tell whether the files of the spool are where another process would look for them."""
+        return self._queue.is_on_disk()
+
+    def restore(self) -> None:
+        """Have the files of the spool on disk again, after somebody removed or moved them.
+
+        Raises:
+            OSError: They cannot be made.
+        """
+        with self._changed:
+            self._queue.restore()
+
     def notice_silence(self) -> None:
         """Report a storage that has not answered for some seconds, and have its records spill."""
         called_at = self._called_at

@@ -75,6 +75,21 @@ class Spool:
         self.close()
         self._forget()
 
+    def is_there(self) -> bool:
+        """Tell whether the files are in the folder, for any thread."""
+        return all(segment.is_there() for segment in list(self._segments))
+
+    def restore(self) -> None:
+        """Copy the files that somebody removed or moved back to the folder.
+
+        Raises:
+            OSError: One cannot be written; it is used on where it is.
+        """
+        for segment in self._segments:
+            if not segment.is_there():
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                segment.restore()
+
     # ------------------------------------------------------------------------ the new end
 
     def append(self, records: Sequence[UsageRecord]) -> int:
