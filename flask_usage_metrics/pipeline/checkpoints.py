@@ -47,6 +47,16 @@ class JournalEntry(msgspec.Struct, eq=False, gc=False):
     is_counted: bool
 
 
+def without(
+    entries: Sequence[JournalEntry], others: Sequence[JournalEntry]
+) -> Sequence[JournalEntry]:
+    """Return entries without some of them, in the same order."""
+    if not others:
+        return entries
+    left_out = set(others)
+    return [entry for entry in entries if entry not in left_out]
+
+
 class _Checkpoint(msgspec.Struct, eq=False):
     """A journal may be truncated up to a sequence number, as soon as two conditions hold.
 

@@ -13,7 +13,12 @@ from weakref import finalize
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.visitors.tally import VisitorTally
 from flask_usage_metrics.metrics.totals import CountedJournal, Totals
-from flask_usage_metrics.pipeline.checkpoints import Checkpoints, JournalEntry, JournalReader
+from flask_usage_metrics.pipeline.checkpoints import (
+    Checkpoints,
+    JournalEntry,
+    JournalReader,
+    without,
+)
 from flask_usage_metrics.pipeline.delivery.sink import Accepts, Sink
 from flask_usage_metrics.pipeline.journal import Journal
 from flask_usage_metrics.pipeline.losses import Losses
@@ -25,6 +30,7 @@ from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.collected import when_collected
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
+from flask_usage_metrics.runtime.passing import is_passing
 from flask_usage_metrics.runtime.servers import Server
 
 METRICS_SINK = "metrics"
@@ -38,6 +44,9 @@ _HURRY_FULLNESS = 0.5
 
 _SPILL_FULLNESS = 0.75
 """How much of it may be taken before records that wait for a storage are moved to the disk."""
+
+_WAITING_ENTRIES = 10_000
+"""Entries that wait at most for a passing fault of the machine to pass."""
 
 _STAMPED_ENTRIES = 32
 """Entries that get their ids together, which is cheaper than one by one."""
@@ -93,7 +102,7 @@ class Processor:
         self.is_open = self.is_shared = False
         self._closing: finalize[..., Any] | None = None
         self._lock = threading.Lock()
-        # Entries whose country is being asked for, and those of the batch under way.
+        # Entries whose country is asked for, or that met a passing fault; those of the batch.
         self._unlocated: list[JournalEntry] = []
         self._processing: Sequence[JournalEntry] = ()
         self._checkpoints = Checkpoints(
@@ -239,6 +248,10 @@ class Processor:
             try:
                 record = self._enricher.enrich(observation, reader.origin, record_id, started_at)
             except Exception as error:  # noqa: BLE001 - one poisonous request among others
+                if is_passing(error) and len(self._unlocated) + len(unlocated) < _WAITING_ENTRIES:
+                    self._faults.report("enrichment", error, "a request is counted later")
+                    unlocated.append(entry)
+                    continue
                 self._faults.report("enrichment", error, "a request was not counted")
                 failed.append(entry)
             else:
@@ -250,7 +263,7 @@ class Processor:
                     trace = observation.extras.trace
                     if trace is not None and trace.is_sampled:
                         sampled.add(record_id)
-        located = self._processing = _without(entries, unlocated)
+        located = self._processing = without(entries, unlocated)
         self._unlocated += unlocated
         sequences = [entry.sequence for entry in located]
         if not is_counted:
@@ -263,7 +276,7 @@ class Processor:
             )
         for entry in failed:
             self.losses.fail(entry.observation)
-        self._hand_over(_without(located, failed), records, is_counted)
+        self._hand_over(without(located, failed), records, is_counted)
         self._checkpoints.add_batch(reader, sequences, (*self._unlocated, *rest))
         self._processing = ()
 
@@ -385,12 +398,3 @@ def _close_journal(journal: Journal, totals: Totals) -> None:
 
 def _slices(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _without(
-    entries: Sequence[JournalEntry], others: Sequence[JournalEntry]
-) -> Sequence[JournalEntry]:
-    if not others:
-        return entries
-    left_out = set(others)
-    return [entry for entry in entries if entry not in left_out]

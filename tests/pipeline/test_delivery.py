@@ -587,3 +587,47 @@ def test_the_worker_gives_the_interpreter_away_unless_too_much_waits(
     # of 100 wait behind them.
     assert len(pauses) == expected
     site.assert_agrees()
+
+
+def test_a_machine_out_of_descriptors_delays_records_and_fails_none(tmp_path: Path) -> None:
+    """What data files are read from with the first records cannot be opened meanwhile."""
+    done = run_python(
+        """
+        import os, resource, sys
+        from flask import Flask
+        from flask_usage_metrics import TrackUsage
+        from flask_usage_metrics.pipeline.processing import Processor
+
+        folder = sys.argv[1]
+        app = Flask("shop")
+        app.config["TRACK_USAGE_STATE_DIR"] = f"{folder}/state"
+        app.config["TRACK_USAGE_FLUSH_SECONDS"] = 0.05
+        usage = TrackUsage(app, f"sqlite:///{folder}/usage.sqlite3")
+        agent = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:130.0) Firefox/130.0"}
+        process = Processor.process
+        Processor.process = lambda self, *_, **__: 0
+        for _ in range(20):
+            app.test_client().get("/", headers=agent)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+        held = []
+        try:
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            pass
+        Processor.process = process
+        assert not usage.flush(1)
+        for descriptor in held:
+            os.close(descriptor)
+        assert usage.flush()
+        text = app.test_client().get("/metrics").text
+        for sink in ("sqlite", "metrics"):
+            for result, number in (("written", 20), ("failed", 0), ("dropped", 0)):
+                line = f'flask_usage_records_total{{sink="{sink}",result="{result}"}} {number}.0'
+                assert line in text, text
+        records = list(usage.storage.records())
+        assert [record.browser for record in records] == ["Firefox"] * 20
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
