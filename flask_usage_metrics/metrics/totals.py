@@ -34,6 +34,8 @@ from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.state_dir import StateDir
 
+_LOCK_SECONDS = 5.0
+
 _PAUSE_SECONDS = 1.0
 """Seconds after a failed sync before the shared file is tried again."""
 
@@ -276,11 +278,20 @@ class Totals:
     # ------------------------------------------------------------------------ reading
 
     def families(self) -> list[Family]:
-        """Return all families, after processing what the apps have buffered."""
+        """Return all families, after processing what the apps have buffered.
+
+        Raises:
+            TimeoutError: Another thread has held the totals for 5 seconds, as where the disk of the
+                shared file hangs.
+        """
         sources = list(self._sources)
+        # Before as well: what is processed is counted here.
+        self._acquire()
+        self._lock.release()
         for source in sources:
             source.drain()
-        with self._lock:
+        self._acquire()
+        try:
             self._sync()
             self._update()
             for table in self._counts.tables.values():
@@ -290,12 +301,18 @@ class Totals:
                     table.show_new()
             families = self._counts.families()
             workers = {} if self._file is None else dict(self._file.workers)
+        finally:
+            self._lock.release()
         workers[os.getpid()] = read_gauges(sources)
         visitors = [count for source in sources if (count := source.visitors()) is not None]
         samples = self._samples(list(workers.values()), visitors)
         for description, values in samples.items():
             families[description] = self._gauge_family(description, values)
         return [families[description] for description in DESCRIPTIONS]
+
+    def _acquire(self) -> None:
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
+            raise TimeoutError("the totals are in use")
 
     def descriptions(self) -> list[Family]:
         """Return all families without samples; nothing is processed for it."""

@@ -18,6 +18,7 @@ from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.servers import this_server
 
+_START_SECONDS = 3.0
 _GRACE_SECONDS = 0.05
 _DRAIN_SECONDS = 1.0
 _INLINE_SECONDS = 2.0
@@ -92,17 +93,24 @@ class Pipeline:
         Returns:
             A function to call at the start of each request; None: there is none to call.
         """
-        with self._lock:
-            if not self._processor.is_open:
-                self._ends = ends
-                # Older uWSGI without --enable-threads runs threads only while a request runs: one
-                # that is stopped in between may hold the lock of a file for minutes.
-                has_threads = bool(getattr(sys.modules.get("uwsgi"), "has_threads", True))
-                self._has_worker = has_threads and not ends
-                self._is_urgent = self._inline or not self._has_worker
-                self._multiprocess = multiprocess
-                self._processor.open(this_server(multiprocess=multiprocess))
+        # Whoever comes first opens it; the others do not wait for ever where a disk hangs.
+        if self._lock.acquire(timeout=_START_SECONDS):
+            try:
+                if not self._processor.is_open:
+                    self._open(multiprocess, ends)
+            finally:
+                self._lock.release()
         return self._wake_if_asleep if self._processor.is_shared and self._has_worker else None
+
+    def _open(self, multiprocess: bool, ends: bool) -> None:
+        self._ends = ends
+        # Older uWSGI without --enable-threads runs threads only while a request runs: one that is
+        # stopped in between may hold the lock of a file for minutes.
+        has_threads = bool(getattr(sys.modules.get("uwsgi"), "has_threads", True))
+        self._has_worker = has_threads and not ends
+        self._is_urgent = self._inline or not self._has_worker
+        self._multiprocess = multiprocess
+        self._processor.open(this_server(multiprocess=multiprocess))
 
     def _wake_if_asleep(self) -> None:
         """Tell the other workers, within half a second, that a request is being answered."""
@@ -140,7 +148,8 @@ class Pipeline:
     def drain(self) -> None:
         """Process what is buffered; never raises, and waits a second at most for another batch."""
         with self._faults.caught("pipeline", "records are processed later"):
-            self._processor.process(_GRACE_SECONDS, timeout=_DRAIN_SECONDS)
+            if all(sink.is_free(_DRAIN_SECONDS) for sink in self._sinks):
+                self._processor.process(_GRACE_SECONDS, timeout=_DRAIN_SECONDS)
 
     def flush(self, timeout: float) -> bool:
         """Wait until all that was captured so far is processed and written.
@@ -152,6 +161,8 @@ class Pipeline:
             Whether nothing is left that was captured before the call.
         """
         deadline = monotonic() + timeout
+        if not all(sink.is_free(max(deadline - monotonic(), 0)) for sink in self._sinks):
+            return False
         while True:
             unlocated = self._processor.process(timeout=max(deadline - monotonic(), 0))
             if unlocated is None:
@@ -161,7 +172,7 @@ class Pipeline:
                 break
             self._processor.wait_for_countries(min(remaining, _COUNTRY_SECONDS))
         flushed = [sink.flush(deadline) for sink in self._sinks]
-        self._processor.checkpoint()
+        self._processor.checkpoint(timeout=max(deadline - monotonic(), 0))
         return not unlocated and all(flushed)
 
     def close(self, timeout: float) -> None:

@@ -178,10 +178,17 @@ class Processor:
         finally:
             self._lock.release()
 
-    def checkpoint(self) -> None:
-        """Truncate the journals as far as the totals and all sinks allow."""
-        with self._lock:
-            self._checkpoint()
+    def checkpoint(self, *, timeout: float) -> None:
+        """Truncate the journals as far as the totals and all sinks allow.
+
+        Args:
+            timeout: Seconds to wait at most while another thread processes, which does it as well.
+        """
+        if self._lock.acquire(timeout=timeout):
+            try:
+                self._checkpoint()
+            finally:
+                self._lock.release()
 
     def _checkpoint(self) -> None:
         for sink in self._sinks:

@@ -148,12 +148,13 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
-def lock_shared(descriptor: int, deadline: float) -> bool:
-    """Take a shared ``flock``; blocks while somebody holds the exclusive one.
+def wait_for_lock(descriptor: int, deadline: float, *, shared: bool) -> bool:
+    """Take a ``flock``; blocks while somebody holds one that excludes it.
 
     Args:
         descriptor: Of the open file.
         deadline: Moment of the monotonic clock to stop waiting at.
+        shared: Whether others may hold a shared one meanwhile.
 
     Returns:
         Whether it was taken in time.
@@ -161,9 +162,10 @@ def lock_shared(descriptor: int, deadline: float) -> bool:
     Raises:
         OSError: The file cannot be locked at all.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() >= deadline:

@@ -16,11 +16,11 @@ from flask_usage_metrics.runtime.private_files import (
     StateUnavailable,
     check_private,
     is_still,
-    lock_shared,
     make_private,
     open_existing,
     open_private,
     try_lock,
+    wait_for_lock,
 )
 from flask_usage_metrics.runtime.run_notes import RunNote
 from flask_usage_metrics.runtime.servers import Server
@@ -81,7 +81,7 @@ class ServerRun:
                 continue
             close = finalize(self, os.close, descriptor)
             close.atexit = False  # the pipeline ends later, by an exit handler of its own
-            is_held = lock_shared(descriptor, deadline)
+            is_held = wait_for_lock(descriptor, deadline, shared=True)
             if is_held and is_still(self.folder / LOCK, descriptor):
                 self._note.write(descriptor)
                 self._close = close

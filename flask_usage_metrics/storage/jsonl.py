@@ -9,6 +9,7 @@ from datetime import datetime, timedelta, timezone
 from itertools import groupby, islice
 from math import isfinite
 from pathlib import Path
+from time import monotonic
 from typing import IO
 
 import msgspec
@@ -16,7 +17,7 @@ import msgspec
 from flask_usage_metrics.errors import ConfigError, StorageUnavailable
 from flask_usage_metrics.records.query import Filter, Order, as_utc
 from flask_usage_metrics.records.record import UsageRecord
-from flask_usage_metrics.runtime.private_files import owner_only
+from flask_usage_metrics.runtime.private_files import owner_only, wait_for_lock
 from flask_usage_metrics.storage.base import Storage
 
 try:
@@ -27,6 +28,7 @@ except ImportError:  # pragma: no cover - Windows
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MICROSECOND = timedelta(microseconds=1)
 _OFFSET_BITS = 48
+_LOCK_SECONDS = 5.0
 
 _encode_lines = msgspec.json.Encoder().encode_lines
 _decode = msgspec.json.Decoder(UsageRecord).decode
@@ -182,8 +184,10 @@ class JSONLinesStorage(Storage):
 
         Raises:
             FileNotFoundError: There is no file, and the mode does not make one.
+            StorageUnavailable: Others hold its lock for longer than 5 seconds.
         """
         appending = mode == "a+b"
+        deadline = monotonic() + _LOCK_SECONDS
         while True:
             try:
                 file = self._open(mode)
@@ -193,7 +197,8 @@ class JSONLinesStorage(Storage):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 file = self._open(mode)
             try:
-                fcntl.flock(file, fcntl.LOCK_SH if mode == "rb" else fcntl.LOCK_EX)
+                if not wait_for_lock(file.fileno(), deadline, shared=mode == "rb"):
+                    raise StorageUnavailable("jsonl: the file is locked")
                 if _is_at(self._path, file):
                     return file
             except BaseException:

@@ -40,7 +40,11 @@ class UsageCollector(Collector):
         self._muted = threading.local()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the families with their samples, after processing what the apps have buffered."""
+        """Yield the families with their samples, after processing what the apps have buffered.
+
+        Raises:
+            TimeoutError: The totals cannot be had now.
+        """
         if not getattr(self._muted, "on", False):
             yield from map(_metric, self.totals.families())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from flask import Request, Response
@@ -21,6 +21,7 @@ from flask_usage_metrics.metrics.exposition.negotiation import (
     prefers_openmetrics,
 )
 from flask_usage_metrics.metrics.exposition.text import Block, blocks_of, compress, encode
+from flask_usage_metrics.metrics.families import Family
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.fork_gate import FORK_GATE
 
@@ -57,11 +58,16 @@ class Exposition:
         self._files = multiprocess_files(faults)
 
     def answer(self, request: Request) -> Response:
-        """Return the response to a scrape."""
+        """Return the response to a scrape; 503 while the totals cannot be had."""
         if not self._may_read(request):
             return Response(status=401, headers={"WWW-Authenticate": "Bearer"})
+        try:
+            families = self._collector.totals.families()
+        except TimeoutError as error:
+            self._faults.report("totals", error, "a scrape was refused")
+            return Response(status=503, headers={"Retry-After": "5"})
         openmetrics = prefers_openmetrics(request.headers.get("Accept", ""))
-        blocks = self._blocks(openmetrics, frozenset(request.args.getlist("name[]")))
+        blocks = self._blocks(families, openmetrics, frozenset(request.args.getlist("name[]")))
         response = Response(content_type=OPENMETRICS if openmetrics else TEXT)
         response.vary.update(("Accept", "Accept-Encoding"))
         if request.accept_encodings["gzip"] > 0:
@@ -84,14 +90,16 @@ class Exposition:
 
         return metrics_app
 
-    def _blocks(self, openmetrics: bool, names: Collection[str]) -> Iterator[Block]:
-        """Yield the registry as text, after processing what the apps have buffered.
+    def _blocks(
+        self, families: Sequence[Family], openmetrics: bool, names: Collection[str]
+    ) -> Iterator[Block]:
+        """Yield the registry as text.
 
         Args:
+            families: Ours.
             openmetrics: Whether in the OpenMetrics format rather than Prometheus' text format.
             names: Only the samples of these names; empty: all.
         """
-        families = self._collector.totals.families()
         theirs = self._encode_theirs(openmetrics, names)
         yield Block(lambda: theirs)
         yield from blocks_of(families, openmetrics, names)

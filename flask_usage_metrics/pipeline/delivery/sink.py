@@ -34,6 +34,9 @@ _UNAVAILABLE_SECONDS = 30.0
 
 _CLOSE_SECONDS = 1.0
 
+_START_SECONDS = 0.1
+"""How long a request waits to start the thread, for who moves records to a disk that hangs."""
+
 ANSWER_SECONDS = 3.0
 """Seconds in which a storage answers a call; one that takes longer is not up."""
 
@@ -149,10 +152,16 @@ class Sink:
     # ------------------------------------------------------------------------ for the worker
 
     def attach(self, spool: Spool | None) -> None:
-        """Set where records may wait on disk; at the first request of the process."""
-        with self._changed:
-            self._is_closed = False
-            self._queue.attach(spool)
+        """Set where records may wait on disk; at the first request of the process.
+
+        Not while a disk hangs: then they wait in memory, or where they did before.
+        """
+        if self._changed.acquire(timeout=_CLOSE_SECONDS):
+            try:
+                self._is_closed = False
+                self._queue.attach(spool)
+            finally:
+                self._changed.release()
 
     def put(self, records: Sequence[UsageRecord], *, dropped: int, failed: int) -> None:
         """Append records to the queue; those without room are dropped and counted.
@@ -172,6 +181,16 @@ class Sink:
             if self._bell.empty():
                 self._bell.put(None)
             self.start()
+
+    def is_free(self, timeout: float) -> bool:
+        """Tell whether the queue can be had, for `timeout` seconds at most; not where a disk hangs.
+
+        For whoever must not wait for ever, before `put`.
+        """
+        if not self._changed.acquire(timeout=timeout):
+            return False
+        self._changed.release()
+        return True
 
     def spill(self) -> None:
         """Move the records that wait to the disk, if there is one to wait on."""
@@ -212,7 +231,9 @@ class Sink:
         # A thread that ends meanwhile has seen all records that were put before.
         if self._thread is not None:
             return True
-        with self._changed:
+        if not self._changed.acquire(timeout=_START_SECONDS):
+            return False  # the disk hangs; whoever puts records next tries again
+        try:
             if self._thread is not None:
                 return True
             thread = threading.Thread(
@@ -231,6 +252,8 @@ class Sink:
                 self._thread = None
                 self._report(error, "its records wait for the next flush")
                 return False
+        finally:
+            self._changed.release()
         return True
 
     def flush(self, deadline: float) -> bool:
@@ -245,12 +268,16 @@ class Sink:
         self._hurry.set()
         if self._queue.has_records() and not self.start():
             self._deliver_here(deadline)
-        with self._changed:
+        if not self._changed.acquire(timeout=max(deadline - monotonic(), 0)):
+            return False
+        try:
             target = self._queue.queued
             if not self._changed.wait_for(
                 lambda: self._queue.acked() >= target, max(deadline - monotonic(), 0)
             ):
                 return False
+        finally:
+            self._changed.release()
         if not self._writing.acquire(timeout=max(deadline - monotonic(), 0)):
             return False
         self._called_at = monotonic()
