@@ -147,6 +147,10 @@ class Counts:
         """Forget who counted, as it is gone: `update` has what it counted."""
         self._taken.pop(id(owner), None)
 
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Return, for each table, how many labels and numbers its series have."""
+        return {name: (len(table.names), table.width) for name, table in self.tables.items()}
+
     def families(self) -> dict[Description, Family]:
         """Return the families as they are shown now."""
         families = {

@@ -57,11 +57,12 @@ class Table:
     """The series of one family.
 
     Args:
-        names: Names of the labels.
+        names: See the attribute.
         bound: Number of series from which on labels are folded into ``__other__``.
         width: How many numbers a series has.
 
     Attributes:
+        names: Names of the labels.
         series: Every series that is known, here or from other workers, by its label values.
         dirty: The series whose `new` is not None.
     """
@@ -71,7 +72,7 @@ class Table:
         self.width = width
         self.series: dict[LabelValues, Series] = {}
         self.dirty: list[Series] = []
-        self._names = names
+        self.names = names
         self._zero: Numbers = [0] * width
         # What scrapes read, by the index of the series.
         self._labels: list[LabelSet] = []
@@ -86,7 +87,7 @@ class Table:
         series = self.series.get(values)
         if series is None:
             series = self.series[values] = Series(self, values, len(self._shown))
-            self._labels.append(LabelSet(self._names, values))
+            self._labels.append(LabelSet(self.names, values))
             self._shown.append(self._zero)
             if series.index % BLOCK == 0:
                 self._caches.append({})
@@ -111,8 +112,12 @@ class Table:
     def merge_local(self) -> None:
         """Add the new numbers to the sums; for a process that shares them with no other."""
         for series in self.dirty:
-            self._show(series)
-            series.sums = self._shown[series.index]
+            if series.new is not None:
+                series.sums = _added(series.sums, series.new)
+            if series.exemplars is not None:
+                known = self._exemplars.get(series.values)
+                self._exemplars[series.values] = newest(known, series.exemplars)
+            self._show(series, series.sums or self._zero)
         self.clear_new()
 
     def resend(self) -> None:
@@ -137,14 +142,15 @@ class Table:
         series.sums = sums
         if exemplars is not None:
             self._exemplars[values] = exemplars
-        self._show(series)
+        self._show(series, sums)
 
     # ------------------------------------------------------------------------ reading
 
     def show_new(self) -> None:
-        """Show scrapes the sums with the new numbers added."""
+        """Show scrapes the sums with the new numbers added, which are in no shared file yet."""
         for series in self.dirty:
-            self._show(series)
+            if series.new is not None:
+                self._show(series, _added(series.sums, series.new))
 
     def family(self, description: Description, **options: Any) -> Family:
         """Return the family as it is shown now.
@@ -155,7 +161,7 @@ class Table:
         """
         return Family(
             description,
-            self._names,
+            self.names,
             self._labels.copy(),
             self._shown.copy(),
             self._caches.copy(),
@@ -163,14 +169,11 @@ class Table:
             **options,
         )
 
-    def _show(self, series: Series) -> None:
-        sums, new = series.sums, series.new
-        if sums is None or new is None:
-            shown = sums or [*(new or self._zero)]
-        else:
-            shown = [*map(add, sums, new)]
-        self._shown[series.index] = shown
-        if series.exemplars is not None:
-            known = self._exemplars.get(series.values)
-            self._exemplars[series.values] = newest(known, series.exemplars)
+    def _show(self, series: Series, numbers: Numbers) -> None:
+        self._shown[series.index] = numbers
         self._caches[series.index // BLOCK] = {}
+
+
+def _added(sums: Numbers | None, new: Numbers) -> Numbers:
+    """Return the sum as a new list: a scrape may still read the old ones."""
+    return [*new] if sums is None else [*map(add, sums, new)]

@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic
 from typing import NamedTuple
 
-import msgspec
-
+from flask_usage_metrics.metrics import totals_tables as tables
 from flask_usage_metrics.metrics.exemplars import BucketExemplars, newest
-from flask_usage_metrics.metrics.families import LabelValues, Numbers
+from flask_usage_metrics.metrics.families import Numbers
 from flask_usage_metrics.metrics.gauges import Gauges
+from flask_usage_metrics.metrics.totals_tables import SeriesKey, State, damage_told
 from flask_usage_metrics.runtime.private_files import StateUnavailable
-from flask_usage_metrics.runtime.processes import is_alive, started
+from flask_usage_metrics.runtime.processes import started
 from flask_usage_metrics.runtime.shared_database import SharedDatabase
 
-SeriesKey = tuple[str, LabelValues]
-"""Name of a family, and the label values of one of its series."""
+_COPY_PAUSE_SECONDS = 5.0
+"""Seconds after a failure before the copy is tried again."""
 
-_SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS change (number INTEGER NOT NULL)",
-    "INSERT INTO change SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM change)",
-    "CREATE TABLE IF NOT EXISTS series (family TEXT, labels TEXT, numbers TEXT, changed INTEGER,"
-    " PRIMARY KEY (family, labels)) WITHOUT ROWID",
-    "CREATE INDEX IF NOT EXISTS series_changed ON series (changed)",
-    "CREATE TABLE IF NOT EXISTS exemplar (family TEXT, labels TEXT, packed TEXT, changed INTEGER,"
-    " PRIMARY KEY (family, labels)) WITHOUT ROWID",
-    "CREATE INDEX IF NOT EXISTS exemplar_changed ON exemplar (changed)",
-    "CREATE TABLE IF NOT EXISTS journal (id TEXT PRIMARY KEY, folded INTEGER) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS worker (pid INTEGER PRIMARY KEY, started TEXT, gauges TEXT)",
-)
-
-_to_json = msgspec.json.Encoder().encode
-_numbers = msgspec.json.Decoder(Numbers).decode
-_labels = msgspec.json.Decoder(LabelValues).decode
-_buckets = msgspec.json.Decoder(BucketExemplars).decode
+_UNUSABLE = (sqlite3.Error, OSError, StateUnavailable)
 
 
 class Changes(NamedTuple):
@@ -58,16 +43,21 @@ class SharedTotals:
     A sync is one transaction: it reads what others changed and writes what is new here. A worker
     that dies takes nothing away, and nothing grows with the number of workers there ever were.
 
-    If the file is lost or damaged, the workers fill a new one from memory, taking the larger of
-    two numbers. No sum falls. What others counted since the last sync of the first worker that
-    notices may be missing: a few requests.
+    The file may be lost, emptied or damaged at any moment; no sum falls, and none is missing:
+
+    - Each sync also brings a copy of the file up to date. Whoever finds the file lost makes a new
+      one of the copy; or, if that is lost as well, of what it remembers.
+    - A new file has a history of its own (`State.lineage`) and keeps the sums that it began with.
+      A worker that remembers a later state of the lost history adds the difference, once.
 
     Each bucket keeps the newest exemplar of all workers.
 
     Not thread-safe: `Totals` has a lock.
 
     Args:
-        path: The file.
+        path: The file; its copy lies beside it.
+        widths: For each family known here, how many labels and numbers its series have: others are
+            taken as damage.
 
     Attributes:
         merged: The sums of all workers, as of the last sync.
@@ -75,14 +65,24 @@ class SharedTotals:
         workers: Gauges of the living workers by process id, as of the last sync.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._database = SharedDatabase(path, _SCHEMA, stays_open=True)
+    def __init__(self, path: Path, widths: Mapping[str, tuple[int, int]] | None = None) -> None:
+        self._database = SharedDatabase(path, tables.TOTALS_SCHEMA, stays_open=True)
+        copy = path.with_name(f"{path.stem}-copy{path.suffix}")
+        self._copy = SharedDatabase(copy, tables.COPY_SCHEMA, stays_open=True)
+        self._copy_at = 0.0
+        self._widths = widths or {}
         self.merged: dict[SeriesKey, Numbers] = {}
         self.exemplars: dict[SeriesKey, BucketExemplars] = {}
         self.workers: dict[int, Gauges] = {}
-        self._last_change = 0
-        self._last_opening = 0
+        self._state = State()
         self._pid = os.getpid()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the file or its copy was ever read."""
+        return bool(self._state.lineage)
+
+    # ------------------------------------------------------------------------ adding
 
     def sync(
         self,
@@ -107,50 +107,92 @@ class SharedTotals:
             OSError: The file cannot be opened.
             StateUnavailable: Its folder may be written by others.
         """
-        with self._database.transaction() as connection:
-            is_new = self._database.openings != self._last_opening
-            is_refilled = is_new and bool(self.merged)
-            last_change = 0 if is_new else self._last_change
-            theirs = _read_series(connection, last_change)
-            newer = self._newer(_read_exemplars(connection, last_change), exemplars)
-            written: Mapping[SeriesKey, Numbers] = new
-            if is_refilled:
-                for key, numbers in self.merged.items():
-                    theirs[key] = _larger(numbers, theirs.get(key))
-                written = {**theirs, **new}
-            sums = {
-                key: _sum(theirs.get(key) or self.merged.get(key), new.get(key)) for key in written
-            }
-            rows = {**self.exemplars, **newer} if is_refilled else {k: newer[k] for k in exemplars}
-            (change,) = connection.execute("SELECT number FROM change").fetchone()
-            connection.executemany(
-                "INSERT OR REPLACE INTO series VALUES (?, ?, ?, ?)",
-                [
-                    (family, _to_json(labels).decode(), _to_json(numbers).decode(), change + 1)
-                    for (family, labels), numbers in sums.items()
-                ],
-            )
-            connection.executemany(
-                "INSERT OR REPLACE INTO exemplar VALUES (?, ?, ?, ?)",
-                [
-                    (family, _to_json(labels).decode(), _to_json(row).decode(), change + 1)
-                    for (family, labels), row in rows.items()
-                ],
-            )
-            connection.executemany("INSERT OR REPLACE INTO journal VALUES (?, ?)", commits.items())
-            connection.execute(
-                "INSERT OR REPLACE INTO worker VALUES (?, ?, ?)",
-                (self._pid, started(self._pid), _to_json(gauges).decode()),
-            )
-            workers = _living_workers(connection)
-            connection.execute("UPDATE change SET number = ?", (change + 1,))
-        changes = Changes({**theirs, **sums}, newer)
-        self.merged.update(changes.sums)
-        self.exemplars.update(newer)
-        self.workers = workers
-        self._last_change = change + 1
-        self._last_opening = self._database.openings
+        try:
+            changes = self._add(new, commits, gauges, exemplars)
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:
+                raise
+            # The damaged file is deleted by now.
+            changes = self._add(new, commits, gauges, exemplars)
+        if not self._update_copy():
+            # The file was lost as soon as this was added, and somebody has made a new one.
+            more = self._add({}, {}, gauges, {})
+            changes = Changes(changes.sums | more.sums, changes.exemplars | more.exemplars)
         return changes
+
+    def _add(
+        self,
+        new: Mapping[SeriesKey, Numbers],
+        commits: Mapping[str, int],
+        gauges: Gauges,
+        exemplars: Mapping[SeriesKey, BucketExemplars],
+    ) -> Changes:
+        with self._transaction() as (connection, state):
+            is_other = state.lineage != self._state.lineage
+            since = -1 if is_other else self._state.number
+            theirs = tables.read_series(connection, since, self._widths)
+            newer = self._newer(tables.read_exemplars(connection, since), exemplars)
+            if is_other:
+                newer = self._newer(newer, self.exemplars)
+            sums = {
+                key: _sum(theirs.get(key) or self._merged(key, is_other), numbers)
+                for key, numbers in new.items()
+            }
+            change = state.number + 1
+            tables.write_series(connection, sums, change)
+            rows = {key: newer[key] for key in (*exemplars, *(self.exemplars if is_other else ()))}
+            tables.write_exemplars(connection, rows, change)
+            tables.write_commits(connection, commits)
+            tables.write_worker(connection, self._pid, started(self._pid), gauges)
+            workers, dead = tables.read_workers(connection)
+            tables.delete_workers(connection, dead)
+            state = state._replace(number=change)
+            tables.write_state(connection, state)
+        return self._learn(state, workers, Changes({**theirs, **sums}, newer))
+
+    def _merged(self, key: SeriesKey, is_other: bool) -> Numbers | None:
+        # All that this worker knew is in a file of another history by now.
+        return None if is_other else self.merged.get(key)
+
+    def _learn(self, state: State, workers: dict[int, Gauges], changes: Changes) -> Changes:
+        self.merged.update(changes.sums)
+        self.exemplars.update(changes.exemplars)
+        self.workers = workers
+        self._state = state
+        return changes
+
+    # ------------------------------------------------------------------------ reading
+
+    def read(self) -> Changes:
+        """Read what other workers added, from the file or else from its copy; write nothing.
+
+        Raises:
+            sqlite3.Error: Neither can be read now, or they hold less than is known already.
+            OSError: Neither can be opened.
+            StateUnavailable: Their folder may be written by others.
+        """
+        try:
+            return self._read(self._database)
+        except _UNUSABLE:
+            return self._read(self._copy)
+
+    def _read(self, database: SharedDatabase) -> Changes:
+        with database.reading() as connection, damage_told():
+            state, known = tables.read_state(connection), self._state
+            is_other = state.lineage != known.lineage
+            if not is_other:
+                has_all = state.number >= known.number
+            else:
+                has_all = known.lineage in (b"", state.parent) and state.branch >= known.number
+            if not (state.lineage and has_all):
+                raise sqlite3.OperationalError("less than is known already")
+            since = -1 if is_other else known.number
+            theirs = tables.read_series(connection, since, self._widths)
+            newer = self._newer(tables.read_exemplars(connection, since))
+            workers = self.workers
+            if database is self._database:
+                workers, _ = tables.read_workers(connection)
+        return self._learn(state, workers, Changes(theirs, newer))
 
     def last_commit(self, journal: str) -> int | None:
         """Return the number of a journal's last commit that is in the sums; None if not known.
@@ -160,34 +202,123 @@ class SharedTotals:
             OSError: The file cannot be opened.
             StateUnavailable: Its folder may be written by others.
         """
-        with self._database.transaction() as connection:
-            row = connection.execute(
-                "SELECT folded FROM journal WHERE id = ?", (journal,)
-            ).fetchone()
-        return None if row is None else int(row[0])
+        with self._transaction() as (connection, _):
+            return tables.read_commit(connection, journal)
+
+    # ------------------------------------------------------------------------ leaving
 
     def forget(self, journals: Iterable[str]) -> None:
         """Delete the commits of journals that are gone; best effort, never raises."""
-        with (
-            suppress(sqlite3.Error, OSError, StateUnavailable),
-            self._database.transaction() as connection,
-        ):
-            connection.executemany(
-                "DELETE FROM journal WHERE id = ?", [(journal,) for journal in journals]
-            )
+        with suppress(*_UNUSABLE), self._transaction() as (connection, _):
+            tables.delete_commits(connection, journals)
 
     def release(self) -> None:
         """Take this process's gauges out of the file and close it."""
-        with (
-            suppress(sqlite3.Error, OSError, StateUnavailable),
-            self._database.transaction() as connection,
-        ):
-            connection.execute("DELETE FROM worker WHERE pid = ?", (self._pid,))
+        with suppress(*_UNUSABLE), self._transaction() as (connection, _):
+            tables.delete_workers(connection, [self._pid])
         self.close()
 
     def close(self) -> None:
         """Close the file; the next sync opens it again."""
         self._database.close()
+        self._copy.close()
+
+    # ------------------------------------------------------------------------ losses
+
+    @contextmanager
+    def _transaction(self) -> Iterator[tuple[sqlite3.Connection, State]]:
+        """Begin a transaction on a file that has all that this worker knows.
+
+        Yields:
+            A connection, and the state of the file.
+
+        Raises:
+            sqlite3.DatabaseError: Of that class exactly: the file was damaged; it is deleted.
+        """
+        with self._database.transaction() as connection, damage_told():
+            state, known = tables.read_state(connection), self._state
+            if not state.lineage:
+                state = self._fill(connection)
+            elif state.lineage == known.lineage:
+                if state.number < known.number:
+                    raise ValueError("an earlier state")
+            elif known.lineage:
+                state = self._add_what_was_lost(connection, state)
+            yield connection, state
+
+    def _fill(self, connection: sqlite3.Connection) -> State:
+        """Begin a new history, with the sums of the copy or else those known here."""
+        known = self._state
+        with suppress(*_UNUSABLE), self._copy.reading() as copy, damage_told():
+            state = tables.read_state(copy)
+            if state.lineage != known.lineage or state.number >= known.number:
+                sums = tables.read_series(copy, -1, self._widths)
+                exemplars = tables.read_exemplars(copy, -1)
+                tables.copy_commits(copy, connection)
+                return self._begin(connection, state, sums, exemplars)
+        return self._begin(connection, known, self.merged, self.exemplars)
+
+    def _begin(
+        self,
+        connection: sqlite3.Connection,
+        parent: State,
+        sums: Mapping[SeriesKey, Numbers],
+        exemplars: Mapping[SeriesKey, BucketExemplars],
+    ) -> State:
+        tables.write_series(connection, sums, parent.number)
+        tables.write_exemplars(connection, exemplars, parent.number)
+        tables.branch_off(connection)
+        state = State(os.urandom(8), parent.number, parent.lineage, parent.number)
+        if self._state.lineage not in (b"", parent.lineage):
+            state = self._add_what_was_lost(connection, state)
+        tables.write_state(connection, state)
+        return state
+
+    def _add_what_was_lost(self, connection: sqlite3.Connection, state: State) -> State:
+        """Add what this worker knows of a lost history and the file does not have."""
+        known = self._state
+        theirs = tables.read_series(connection, -1, self._widths)
+        change = state.number + 1
+        if known.lineage != state.parent:
+            # It was lost more than once since: what is in both cannot be told from what is in one.
+            sums = {key: _larger(mine, theirs.get(key)) for key, mine in self.merged.items()}
+        elif known.number > state.branch:
+            began = tables.read_branch(connection)
+            sums = {
+                key: _sum(theirs.get(key), _difference(mine, began.get(key)))
+                for key, mine in self.merged.items()
+            }
+            tables.write_branch(connection, self.merged)
+            state = state._replace(branch=known.number)
+        else:
+            return state
+        tables.write_series(connection, sums, change)
+        state = state._replace(number=change)
+        tables.write_state(connection, state)
+        return state
+
+    def _update_copy(self) -> bool:
+        """Bring the copy up to date; best effort, never raises.
+
+        Returns:
+            False if the file has another history than at the last sync.
+        """
+        if monotonic() < self._copy_at:
+            return True
+        try:
+            with self._copy.transaction() as target:
+                return self._copy_to(target)
+        except _UNUSABLE:
+            self._copy_at = monotonic() + _COPY_PAUSE_SECONDS
+            return True
+
+    def _copy_to(self, target: sqlite3.Connection) -> bool:
+        try:
+            with self._database.transaction() as source:
+                tables.copy_changes(source, target)
+                return tables.read_state(source).lineage == self._state.lineage
+        except sqlite3.DatabaseError as error:  # damage of the one is none of the other
+            raise sqlite3.OperationalError(str(error)) from error
 
     def _newer(
         self, *found: Mapping[SeriesKey, BucketExemplars]
@@ -200,37 +331,14 @@ class SharedTotals:
         return newer
 
 
-def _read_series(connection: sqlite3.Connection, since: int) -> dict[SeriesKey, Numbers]:
-    rows = connection.execute(
-        "SELECT family, labels, numbers FROM series WHERE changed > ?", (since,)
-    )
-    return {(family, _labels(labels)): _numbers(numbers) for family, labels, numbers in rows}
-
-
-def _read_exemplars(connection: sqlite3.Connection, since: int) -> dict[SeriesKey, BucketExemplars]:
-    rows = connection.execute(
-        "SELECT family, labels, packed FROM exemplar WHERE changed > ?", (since,)
-    )
-    return {(family, _labels(labels)): _buckets(packed) for family, labels, packed in rows}
-
-
-def _living_workers(connection: sqlite3.Connection) -> dict[int, Gauges]:
-    """Return the gauges of living workers by process id; delete those of the dead."""
-    workers: dict[int, Gauges] = {}
-    dead = []
-    for pid, since, gauges in connection.execute("SELECT * FROM worker").fetchall():
-        if is_alive(pid, since):
-            workers[pid] = msgspec.json.decode(gauges, type=Gauges)
-        else:
-            dead.append((pid,))
-    connection.executemany("DELETE FROM worker WHERE pid = ?", dead)
-    return workers
-
-
 def _sum(one: Numbers | None, other: Numbers | None) -> Numbers:
     if one is None or other is None:
         return one or other or []
     return [a + b for a, b in zip(one, other, strict=True)]
+
+
+def _difference(one: Numbers, other: Numbers | None) -> Numbers:
+    return one if other is None else [a - b for a, b in zip(one, other, strict=True)]
 
 
 def _larger(one: Numbers | None, other: Numbers | None) -> Numbers:

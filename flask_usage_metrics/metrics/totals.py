@@ -26,8 +26,9 @@ from flask_usage_metrics.metrics.names import (
     Description,
 )
 from flask_usage_metrics.metrics.shape import Shape
-from flask_usage_metrics.metrics.shared_totals import SharedTotals
+from flask_usage_metrics.metrics.shared_totals import Changes, SharedTotals
 from flask_usage_metrics.metrics.sink_counters import SinkCounters
+from flask_usage_metrics.metrics.totals_tables import FORMAT
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
@@ -69,8 +70,8 @@ class Totals:
 
     Attributes:
         state: Where the apps keep what their processes share; None: no app has joined.
-        key: Text that those of the other workers have too: shape, and number among the registries
-            of this process that have the same shape and place.
+        key: Text that those of the other workers have too: format of the shared file, shape, and
+            number among the registries of this process that have the same shape and place.
     """
 
     def __init__(self, shape: Shape, version: str) -> None:
@@ -115,7 +116,7 @@ class Totals:
         if self.state is None:
             self.state = state
             shared = f"{self.shape} {state.places} {state.name}"
-            self.key = f"{self.shape} {next(_REGISTRIES[shared])}"
+            self.key = f"{FORMAT} {self.shape} {next(_REGISTRIES[shared])}"
         key = f"{app} {self._apps} {' '.join(storages)}"
         self._apps += 1
         return key
@@ -170,7 +171,7 @@ class Totals:
         """Share the totals with other workers in a file, from the next sync on."""
         with self._lock:
             if self._file is None:
-                self._file = SharedTotals(path)
+                self._file = SharedTotals(path, self._counts.widths())
                 for table in self._counts.tables.values():
                     table.resend()
 
@@ -219,10 +220,11 @@ class Totals:
                 self._sync()
                 self._file.release()
 
-    def _sync(self) -> None:
+    def _sync(self) -> bool:
+        """Sync with the shared file; return whether all that was counted here is in it now."""
         # A file that is locked costs a second, which not every scrape and batch should wait.
         if self._file is None or monotonic() < self._retry_at:
-            return
+            return False
         self._update()
         tables = self._counts.tables
         dirty = [(name, series) for name, table in tables.items() for series in table.dirty]
@@ -240,11 +242,32 @@ class Totals:
             changes = self._file.sync(new, commits, gauges, exemplars)
         except (sqlite3.Error, OSError, StateUnavailable) as error:
             self._complain(error)
-            return
+            return False
         self._is_shared = True
         for table in tables.values():
             table.clear_new()
         self._note_commits()
+        self._apply(changes)
+        return True
+
+    def _show_what_is_shared(self) -> None:
+        """Have scrapes show what is in the shared file, whether it can be written to now or not.
+
+        Numbers that are not in it yet are shown only by a worker that has no others: another would
+        answer the next scrape without them, and its counters would seem to fall.
+        """
+        file = self._file
+        if file is None or self._sync():
+            return
+        with suppress(sqlite3.Error, OSError, StateUnavailable):
+            self._apply(file.read())
+        if not file.is_known or set(file.workers) <= {os.getpid()}:
+            self._update()
+            for table in self._counts.tables.values():
+                table.show_new()
+
+    def _apply(self, changes: Changes) -> None:
+        tables = self._counts.tables
         for key, sums in changes.sums.items():
             name, values = key
             known = tables.get(name)  # None: of a worker of a later version
@@ -292,13 +315,12 @@ class Totals:
             source.drain()
         self._acquire()
         try:
-            self._sync()
-            self._update()
-            for table in self._counts.tables.values():
-                if self._file is None:
+            if self._file is None:
+                self._update()
+                for table in self._counts.tables.values():
                     table.merge_local()
-                else:
-                    table.show_new()
+            else:
+                self._show_what_is_shared()
             families = self._counts.families()
             workers = {} if self._file is None else dict(self._file.workers)
         finally:

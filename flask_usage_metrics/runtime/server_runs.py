@@ -41,7 +41,7 @@ _FOREIGN_SECONDS = 600.0
 somebody there would start more cannot be seen from here."""
 
 _RUN = re.compile(r"g-[0-9a-f]{16}")
-_OWN_FILE = re.compile(r"lock|totals\.sqlite3(-wal|-shm|-journal)?|[0-9a-f]{16}\.journal")
+_OWN_FILE = re.compile(r"lock|totals(-copy)?\.sqlite3(-wal|-shm|-journal)?|[0-9a-f]{16}\.journal")
 
 
 class ServerRun:

@@ -12,7 +12,11 @@ from typing import Any
 from weakref import finalize
 
 from flask_usage_metrics.runtime.fork_gate import FORK_GATE
-from flask_usage_metrics.runtime.private_files import make_private, make_private_file
+from flask_usage_metrics.runtime.private_files import (
+    check_private_file,
+    make_private,
+    make_private_file,
+)
 
 _BUSY_SECONDS = 1.0
 
@@ -91,16 +95,46 @@ class SharedDatabase:
                 if not self._stays_open:
                     self._close()
 
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Begin a transaction that only reads, which waits for nobody if the file has a log.
+
+        Yields:
+            A connection; the tables may not exist.
+
+        Raises:
+            sqlite3.Error: The file cannot be read now.
+            OSError: There is none, or something else is in its place.
+        """
+        with FORK_GATE.entered():
+            try:
+                connection = self._opened(make=False)
+                connection.execute("BEGIN")
+                try:
+                    yield connection
+                finally:
+                    with suppress(sqlite3.Error):
+                        connection.execute("ROLLBACK")
+            except sqlite3.DatabaseError:
+                if self._path is not None:
+                    self._close()
+                raise
+            finally:
+                if not self._stays_open:
+                    self._close()
+
     def close(self) -> None:
         """Close the file; the next transaction opens it again."""
         with FORK_GATE.entered():
             self._close()
 
-    def _opened(self) -> sqlite3.Connection:
+    def _opened(self, *, make: bool = True) -> sqlite3.Connection:
         """Return the connection, a new one if there is none or it is of no use any more."""
         if self._connection is not None and not self._is_current():
             self._close()
         if self._connection is None:
+            if not make and self._path is not None:
+                check_private_file(self._path)
             self._open()
         assert self._connection is not None
         return self._connection
@@ -127,6 +161,10 @@ class SharedDatabase:
         if self._path is not None:
             make_private(self._path.parent)  # again, if somebody removed it
             self._file = make_private_file(self._path)
+            if not self._file.st_size and self._log().exists():
+                # It was emptied, and whoever has its log open keeps others from writing.
+                self._delete()
+                self._file = make_private_file(self._path)
             name = f"{self._path.absolute().as_uri()}?mode=rw"
         connection = sqlite3.connect(
             name, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
@@ -150,9 +188,15 @@ class SharedDatabase:
         self._connection = self._finalizer = None
 
     def _delete(self) -> None:
+        """Delete the file and its log, which does not belong to the next one."""
         if self._path is not None:
-            with suppress(OSError):
-                self._path.unlink()
+            for path in (self._path, self._log()):
+                with suppress(OSError):
+                    path.unlink()
+
+    def _log(self) -> Path:
+        assert self._path is not None
+        return self._path.with_name(f"{self._path.name}-wal")
 
 
 _inherited: list[sqlite3.Connection] = []

@@ -11,17 +11,21 @@ from collections import Counter
 from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from helpers.damage import break_it
 from helpers.process import start_python
 from helpers.records import START, make_record
 from helpers.watch import descriptors
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flask_usage_metrics.metrics.exemplars import BucketExemplars, pack
 from flask_usage_metrics.metrics.families import Numbers
 from flask_usage_metrics.metrics.gauges import Gauges
-from flask_usage_metrics.metrics.shared_totals import SeriesKey, SharedTotals
+from flask_usage_metrics.metrics.shared_totals import SharedTotals
+from flask_usage_metrics.metrics.totals_tables import SeriesKey
 
 GAUGES = Gauges(0, {}, {}, True)
 A: SeriesKey = ("requests", ("GET", "a"))
@@ -85,7 +89,7 @@ def test_a_sync_tells_what_it_changed_and_what_others_did(path: Path) -> None:
     )
     assert one.sync({B: [3]}, {}, GAUGES) == ({A: [11], B: [5]}, {A: [b"x"]})
     path.unlink()
-    assert other.sync({A: [1]}, {}, GAUGES) == ({A: [12], B: [2]}, {})
+    assert other.sync({A: [1]}, {}, GAUGES) == ({A: [12], B: [5]}, {A: [b"x"]})
     assert one.sync({}, {}, GAUGES) == ({A: [12], B: [5]}, {A: [b"x"]})
     for file in (one, other):
         file.close()
@@ -192,7 +196,7 @@ def test_damage_loses_nothing_that_somebody_saw(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["removed", "garbage", "emptied"])
-def test_damage_at_any_moment_makes_no_value_fall(path: Path, how: str) -> None:
+def test_damage_at_any_moment_makes_no_value_fall_and_none_is_missing(path: Path, how: str) -> None:
     rng = random.Random(how)
     files = [SharedTotals(path) for _ in range(3)]
     seen = [0.0] * 3
@@ -202,10 +206,133 @@ def test_damage_at_any_moment_makes_no_value_fall(path: Path, how: str) -> None:
             insist(files, {})
         who = rng.randrange(3)
         insist([files[who]], {A: [1]})
-        assert files[who].merged[A][0] > seen[who]
+        assert files[who].merged[A][0] > max(seen)
         seen[who] = files[who].merged[A][0]
+    assert max(seen) == 150
     for file in files:
         file.close()
+
+
+COPY = "totals-copy.sqlite3"
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_what_one_worker_alone_knows_is_not_missing_when_the_copy_is_lost_too(
+    path: Path, how: str
+) -> None:
+    files = [SharedTotals(path) for _ in range(4)]
+    for file in files:
+        add(file, a=1, b=1)
+    for number, file in enumerate(files):  # each has seen more than the one before
+        add(file, a=10 ** (number + 1))
+    if how != "folder-removed":
+        break_it(path.with_name(COPY), how)
+    break_it(path, how)
+    waiting = [files[1], files[3], files[0], files[2]]
+    insist(waiting, {A: [100_000]})
+    for file in files:
+        assert look(file) == {"a": 11_114 + 400_000, "b": 4}
+        file.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_no_sum_falls_or_is_wrong_whatever_is_lost_at_once(data: st.DataObject) -> None:
+    """Workers come, go and sync in any order, while the file or its copy is damaged."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "g", "totals.sqlite3")
+        path.parent.mkdir(mode=0o700)
+        files = [SharedTotals(path) for _ in range(3)]
+        counted, is_whole = 0, False
+        for step in data.draw(st.lists(st.sampled_from([0, 1, 2, *HOWS[2:], "new"]), max_size=25)):
+            if step == "new":
+                files[0].close()
+                files[0] = SharedTotals(path)
+            elif isinstance(step, int):
+                insist([files[step]], {A: [1]})
+                counted, is_whole = counted + 1, True
+                assert files[step].merged[A] == [counted]
+            elif is_whole:
+                name = data.draw(st.sampled_from([path.name, COPY]))
+                break_it(path.with_name(name), step)
+                is_whole = False
+        for file in files:
+            insist([file], {})
+            assert file.merged.get(A, [0]) == [counted]
+            file.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE series SET labels = x'ff'",
+        "UPDATE series SET numbers = '[1'",
+        "UPDATE series SET numbers = '[1, 2]'",
+        "UPDATE series SET family = x'ffff'",
+        "UPDATE series SET family = NULL",
+        "UPDATE series SET labels = '[\"GET\"]'",
+        "UPDATE worker SET gauges = x'00'",
+        "UPDATE worker SET started = 5",
+        "UPDATE exemplar SET packed = 7",
+        "UPDATE state SET number = 0",
+        "DELETE FROM state",
+    ],
+)
+def test_what_cannot_be_read_is_damage(path: Path, change: str) -> None:
+    widths = {"requests": (2, 1)}
+    files = [SharedTotals(path, widths) for _ in range(2)]
+    for file in files:
+        file.sync({A: [5], B: [1]}, {"journal": 7}, GAUGES, {A: [b"x"]})
+    with closing(sqlite3.connect(path)) as other:
+        with suppress(sqlite3.IntegrityError):  # a key of two rows
+            other.execute(change)
+        other.execute("UPDATE series SET changed = 1000")
+        other.execute("UPDATE exemplar SET changed = 1000")
+        other.commit()
+    for file in files:
+        file.sync({A: [1]}, {}, GAUGES)
+    for file in (*files, SharedTotals(path, widths)):
+        file.sync({}, {}, GAUGES)
+        assert file.merged == {A: [12], B: [2]}
+        assert file.exemplars == {A: [b"x"]}
+        assert file.last_commit("journal") == 7
+        file.close()
+
+
+@pytest.mark.parametrize("how", ["locked", "in the way"])
+def test_what_is_shared_can_be_read_when_it_cannot_be_written(path: Path, how: str) -> None:
+    one, other = SharedTotals(path), SharedTotals(path)
+    add(one, a=1)
+    add(other, a=1)
+    if how == "in the way":
+        path.unlink()
+        path.mkdir()
+        assert one.read().sums == {A: [2]} == one.merged
+        with pytest.raises(OSError, match="not a file"):
+            one.sync({}, {}, GAUGES)
+        path.rmdir()
+    else:
+        with closing(sqlite3.connect(path, isolation_level=None)) as locker:
+            locker.execute("BEGIN EXCLUSIVE")
+            locker.execute("UPDATE state SET number = number")
+            assert one.read().sums == {A: [2]} == one.merged
+            assert one.read().sums == {}
+            with pytest.raises(sqlite3.OperationalError):
+                one.sync({}, {}, GAUGES)
+            locker.execute("ROLLBACK")
+    newcomer = SharedTotals(path)
+    assert newcomer.read().sums == {A: [2]}
+    add(one, a=1)
+    assert look(other) == look(newcomer) == {"a": 3}
+    for file in (one, other, newcomer):
+        file.close()
+
+
+def test_reading_makes_no_file(path: Path) -> None:
+    file = SharedTotals(path)
+    with pytest.raises(FileNotFoundError):
+        file.read()
+    assert not list(path.parent.iterdir())
 
 
 @pytest.mark.parametrize("first", ["last_commit", "forget", "release"])
@@ -237,7 +364,7 @@ def test_a_locked_file_raises_within_about_a_second_and_adds_nothing(path: Path)
     before = descriptors(path.parent)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        other.execute("UPDATE change SET number = number")
+        other.execute("UPDATE state SET number = number")
         for who in (file, fresh):
             start = time.monotonic()
             with pytest.raises(sqlite3.OperationalError):
@@ -261,7 +388,7 @@ def test_a_locked_file_keeps_no_descriptor(path: Path) -> None:
     before = descriptors(path.parent)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        other.execute("UPDATE change SET number = number")
+        other.execute("UPDATE state SET number = number")
         for _ in range(2):
             with pytest.raises(sqlite3.OperationalError):
                 file.last_commit("j")
@@ -275,15 +402,15 @@ def test_the_gauges_of_a_worker_that_releases_the_file_go_with_it(path: Path) ->
     add(file, a=1)
     assert len(file.workers) == 1
     with closing(sqlite3.connect(path)) as other:
-        other.execute("INSERT INTO worker SELECT 1, '5', gauges FROM worker")
-        other.execute("INSERT INTO worker SELECT 999999999, '', gauges FROM worker LIMIT 1")
+        other.execute("INSERT INTO worker SELECT 1, x'35', gauges FROM worker")
+        other.execute("INSERT INTO worker SELECT 999999999, x'', gauges FROM worker LIMIT 1")
         other.commit()
     add(file, a=1)
     assert len(file.workers) == 1
     file.release()
     with closing(sqlite3.connect(path)) as other:
         assert other.execute("SELECT * FROM worker").fetchall() == []
-        assert other.execute("SELECT numbers FROM series").fetchall() == [("[2]",)]
+        assert other.execute("SELECT numbers FROM series").fetchall() == [(b"[2]",)]
 
 
 def exemplar(second: float) -> bytes:
@@ -372,25 +499,3 @@ class TestExemplars:
         assert observe(file, {A: [exemplar(2)]}) == {A: [exemplar(2)]}
         file.close()
         other.close()
-
-    def test_workers_of_a_version_without_them_go_on(self, path: Path) -> None:
-        older = SharedTotals(path)
-        add(older, a=5)
-        with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("DROP TABLE exemplar")
-            older.close()
-            newer = SharedTotals(path)
-            assert observe(newer, {A: [exemplar(1)]}) == {A: [exemplar(1)]}
-            # What an older version does in a sync.
-            other.execute("BEGIN IMMEDIATE")
-            (change,) = other.execute("SELECT number FROM change").fetchone()
-            found = other.execute(
-                "SELECT family, labels, numbers FROM series WHERE changed > 0"
-            ).fetchall()
-            assert [numbers for _, _, numbers in found] == ["[6]"]
-            other.execute("UPDATE series SET numbers = '[7]', changed = ?", (change + 1,))
-            other.execute("UPDATE change SET number = ?", (change + 1,))
-            other.execute("COMMIT")
-        assert look(newer) == {"a": 7}
-        assert newer.exemplars == {A: [exemplar(1)]}
-        newer.close()

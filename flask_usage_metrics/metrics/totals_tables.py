@@ -1,0 +1,245 @@
+"""The tables of a file of totals, and its rows as the objects they hold."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import msgspec
+
+from flask_usage_metrics.metrics.exemplars import BucketExemplars
+from flask_usage_metrics.metrics.families import LabelValues, Numbers
+from flask_usage_metrics.metrics.gauges import Gauges
+from flask_usage_metrics.runtime.processes import is_alive
+
+SeriesKey = tuple[str, LabelValues]
+"""Name of a family, and the label values of one of its series."""
+
+FORMAT = 2
+"""Number of this layout: workers of versions with another one share no file."""
+
+# Texts are kept as bytes: SQLite does not check what it reads, and Python's module fails at it.
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS state (lineage BLOB, number INTEGER, parent BLOB, branch INTEGER)",
+    "CREATE TABLE IF NOT EXISTS series (family BLOB, labels BLOB, numbers BLOB, changed INTEGER,"
+    " PRIMARY KEY (family, labels)) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS series_changed ON series (changed)",
+    "CREATE TABLE IF NOT EXISTS exemplar (family BLOB, labels BLOB, packed BLOB, changed INTEGER,"
+    " PRIMARY KEY (family, labels)) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS exemplar_changed ON exemplar (changed)",
+    "CREATE TABLE IF NOT EXISTS journal (id BLOB PRIMARY KEY, folded INTEGER) WITHOUT ROWID",
+)
+COPY_SCHEMA = _SCHEMA
+TOTALS_SCHEMA = (
+    *_SCHEMA,
+    "CREATE TABLE IF NOT EXISTS branch (family BLOB, labels BLOB, numbers BLOB,"
+    " PRIMARY KEY (family, labels)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS worker (pid INTEGER PRIMARY KEY, started BLOB, gauges BLOB)",
+)
+
+_to_json = msgspec.json.Encoder().encode
+_numbers = msgspec.json.Decoder(Numbers).decode
+_labels = msgspec.json.Decoder(LabelValues).decode
+_buckets = msgspec.json.Decoder(BucketExemplars).decode
+_gauges = msgspec.json.Decoder(Gauges).decode
+
+
+class State(NamedTuple):
+    """How far the history of a file has come.
+
+    Attributes:
+        lineage: Random name of its history; ``b""``: it has none yet.
+        number: Of the last change.
+        parent: The history that was lost, and whose sums this file began with.
+        branch: Number of the parent's last change that is in them.
+    """
+
+    lineage: bytes = b""
+    number: int = 0
+    parent: bytes = b""
+    branch: int = 0
+
+
+@contextmanager
+def damage_told() -> Iterator[None]:
+    """Have what cannot be decoded count as damage of the file.
+
+    Raises:
+        sqlite3.DatabaseError: That class exactly, as SQLite raises it for a damaged file.
+    """
+    try:
+        yield
+    except (msgspec.MsgspecError, AttributeError, TypeError, ValueError) as error:
+        raise sqlite3.DatabaseError(f"{type(error).__name__} in the totals") from error
+
+
+def read_state(connection: sqlite3.Connection) -> State:
+    """Return the state; one without a lineage if the file is new."""
+    row = connection.execute("SELECT * FROM state").fetchone()
+    return State() if row is None else State(*row)
+
+
+def write_state(connection: sqlite3.Connection, state: State) -> None:
+    """Replace the state."""
+    connection.execute("DELETE FROM state")
+    connection.execute("INSERT INTO state VALUES (?, ?, ?, ?)", state)
+
+
+def read_series(
+    connection: sqlite3.Connection, since: int, widths: Mapping[str, tuple[int, int]]
+) -> dict[SeriesKey, Numbers]:
+    """Return the sums that changed after a change.
+
+    Args:
+        connection: To the file.
+        since: Number of the change; -1: all.
+        widths: For each family known here, how many labels and numbers its series have.
+
+    Raises:
+        ValueError: Something is not what was written; or AttributeError, TypeError, MsgspecError.
+    """
+    rows = connection.execute(
+        "SELECT family, labels, numbers FROM series WHERE changed > ?", (since,)
+    )
+    return _sums(rows, widths)
+
+
+def read_branch(connection: sqlite3.Connection) -> dict[SeriesKey, Numbers]:
+    """Return the sums that the file began with after a loss."""
+    return _sums(connection.execute("SELECT * FROM branch"), {})
+
+
+def _sums(
+    rows: Iterable[tuple[bytes, bytes, bytes]], widths: Mapping[str, tuple[int, int]]
+) -> dict[SeriesKey, Numbers]:
+    sums = {}
+    for family, labels, numbers in rows:
+        name, values, found = family.decode(), _labels(labels), _numbers(numbers)
+        if widths.get(name, (len(values), len(found))) != (len(values), len(found)):
+            raise ValueError("a series of another shape")
+        sums[name, values] = found
+    return sums
+
+
+def write_series(
+    connection: sqlite3.Connection, sums: Mapping[SeriesKey, Numbers], change: int
+) -> None:
+    """Write the sums of series, changed by this change."""
+    connection.executemany(
+        "INSERT OR REPLACE INTO series VALUES (?, ?, ?, ?)",
+        [
+            (family.encode(), _to_json(labels), _to_json(numbers), change)
+            for (family, labels), numbers in sums.items()
+        ],
+    )
+
+
+def branch_off(connection: sqlite3.Connection) -> None:
+    """Keep the sums of now as those that the file begins with."""
+    connection.execute("DELETE FROM branch")
+    connection.execute("INSERT INTO branch SELECT family, labels, numbers FROM series")
+
+
+def write_branch(connection: sqlite3.Connection, sums: Mapping[SeriesKey, Numbers]) -> None:
+    """Replace the sums that the file began with."""
+    connection.executemany(
+        "INSERT OR REPLACE INTO branch VALUES (?, ?, ?)",
+        [
+            (family.encode(), _to_json(labels), _to_json(numbers))
+            for (family, labels), numbers in sums.items()
+        ],
+    )
+
+
+def read_exemplars(connection: sqlite3.Connection, since: int) -> dict[SeriesKey, BucketExemplars]:
+    """Return the exemplars that changed after a change; -1: all."""
+    rows = connection.execute(
+        "SELECT family, labels, packed FROM exemplar WHERE changed > ?", (since,)
+    )
+    return {(family.decode(), _labels(labels)): _buckets(packed) for family, labels, packed in rows}
+
+
+def write_exemplars(
+    connection: sqlite3.Connection, rows: Mapping[SeriesKey, BucketExemplars], change: int
+) -> None:
+    """Write the exemplars of series, changed by this change."""
+    connection.executemany(
+        "INSERT OR REPLACE INTO exemplar VALUES (?, ?, ?, ?)",
+        [
+            (family.encode(), _to_json(labels), _to_json(row), change)
+            for (family, labels), row in rows.items()
+        ],
+    )
+
+
+def read_commit(connection: sqlite3.Connection, journal: str) -> int | None:
+    """Return the number of a journal's last commit that is in the sums; None if not known."""
+    row = connection.execute(
+        "SELECT folded FROM journal WHERE id = ?", (journal.encode(),)
+    ).fetchone()
+    return None if row is None else int(row[0])
+
+
+def write_commits(connection: sqlite3.Connection, commits: Mapping[str, int]) -> None:
+    """Write, for each journal id, the number of its last commit that is in the sums."""
+    connection.executemany(
+        "INSERT OR REPLACE INTO journal VALUES (?, ?)",
+        [(journal.encode(), number) for journal, number in commits.items()],
+    )
+
+
+def delete_commits(connection: sqlite3.Connection, journals: Iterable[str]) -> None:
+    """Delete the commits of journals that are gone."""
+    connection.executemany(
+        "DELETE FROM journal WHERE id = ?", [(journal.encode(),) for journal in journals]
+    )
+
+
+def write_worker(connection: sqlite3.Connection, pid: int, since: str, gauges: Gauges) -> None:
+    """Write the gauges of a worker, by its process id and when it started."""
+    connection.execute(
+        "INSERT OR REPLACE INTO worker VALUES (?, ?, ?)", (pid, since.encode(), _to_json(gauges))
+    )
+
+
+def delete_workers(connection: sqlite3.Connection, pids: Iterable[int]) -> None:
+    """Delete the gauges of workers."""
+    connection.executemany("DELETE FROM worker WHERE pid = ?", [(pid,) for pid in pids])
+
+
+def read_workers(connection: sqlite3.Connection) -> tuple[dict[int, Gauges], list[int]]:
+    """Return the gauges of living workers by process id, and the ids of the dead."""
+    living: dict[int, Gauges] = {}
+    dead = []
+    for pid, since, gauges in connection.execute("SELECT * FROM worker"):
+        if is_alive(pid, since.decode()):
+            living[pid] = _gauges(gauges)
+        else:
+            dead.append(pid)
+    return living, dead
+
+
+def copy_changes(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
+    """Bring a copy of a file up to date; it takes what has changed since, or all."""
+    state, known = read_state(source), read_state(target)
+    if state == known or not state.lineage:
+        return
+    since = known.number
+    if known.lineage != state.lineage or since > state.number:
+        since = -1
+        for table in ("series", "exemplar"):
+            target.execute(f"DELETE FROM {table}")
+    for table in ("series", "exemplar"):
+        changed = source.execute(f"SELECT * FROM {table} WHERE changed > ?", (since,))
+        target.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", changed)
+    target.execute("DELETE FROM journal")
+    copy_commits(source, target)
+    write_state(target, state)
+
+
+def copy_commits(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
+    """Copy the commits of all journals."""
+    commits = source.execute("SELECT * FROM journal")
+    target.executemany("INSERT OR REPLACE INTO journal VALUES (?, ?)", commits)
