@@ -6,6 +6,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from operator import ge
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
@@ -21,6 +22,9 @@ from flask_usage_metrics.runtime.shared_database import SharedDatabase
 
 _COPY_PAUSE_SECONDS = 5.0
 """Seconds after a failure before the copy is tried again."""
+
+_QUICK_SECONDS = 0.5
+_ATTEMPTS = 3
 
 _UNUSABLE = (sqlite3.Error, OSError, StateUnavailable)
 
@@ -107,15 +111,18 @@ class SharedTotals:
             OSError: The file cannot be opened.
             StateUnavailable: Its folder may be written by others.
         """
+        began = monotonic()
         try:
             changes = self._add(new, commits, gauges, exemplars)
-        except sqlite3.DatabaseError as error:
-            if type(error) is not sqlite3.DatabaseError:
+        except _UNUSABLE:
+            if monotonic() > began + _QUICK_SECONDS:  # it is locked
                 raise
-            # The damaged file is deleted by now.
+            # The file was lost or damaged: there is a new one to be made, or made already.
             changes = self._add(new, commits, gauges, exemplars)
-        if not self._update_copy():
-            # The file was lost as soon as this was added, and somebody has made a new one.
+        for _ in range(_ATTEMPTS):
+            if self._update_copy():
+                break
+            # The file was lost as soon as this was added.
             more = self._add({}, {}, gauges, {})
             changes = Changes(changes.sums | more.sums, changes.exemplars | more.exemplars)
         return changes
@@ -180,14 +187,10 @@ class SharedTotals:
         with database.reading() as connection, damage_told():
             state, known = tables.read_state(connection), self._state
             is_other = state.lineage != known.lineage
-            if not is_other:
-                has_all = state.number >= known.number
-            else:
-                has_all = known.lineage in (b"", state.parent) and state.branch >= known.number
-            if not (state.lineage and has_all):
-                raise sqlite3.OperationalError("less than is known already")
             since = -1 if is_other else known.number
             theirs = tables.read_series(connection, since, self._widths)
+            if not state.lineage or (is_other and not _has_all(theirs, self.merged)):
+                raise sqlite3.OperationalError("less than is known already")
             newer = self._newer(tables.read_exemplars(connection, since))
             workers = self.workers
             if database is self._database:
@@ -254,22 +257,23 @@ class SharedTotals:
             if state.lineage != known.lineage or state.number >= known.number:
                 sums = tables.read_series(copy, -1, self._widths)
                 exemplars = tables.read_exemplars(copy, -1)
-                tables.copy_commits(copy, connection)
+                tables.copy_other_tables(copy, connection)
                 return self._begin(connection, state, sums, exemplars)
         return self._begin(connection, known, self.merged, self.exemplars)
 
     def _begin(
         self,
         connection: sqlite3.Connection,
-        parent: State,
+        lost: State,
         sums: Mapping[SeriesKey, Numbers],
         exemplars: Mapping[SeriesKey, BucketExemplars],
     ) -> State:
-        tables.write_series(connection, sums, parent.number)
-        tables.write_exemplars(connection, exemplars, parent.number)
-        tables.branch_off(connection)
-        state = State(os.urandom(8), parent.number, parent.lineage, parent.number)
-        if self._state.lineage not in (b"", parent.lineage):
+        tables.write_series(connection, sums, lost.number)
+        tables.write_exemplars(connection, exemplars, lost.number)
+        if lost.lineage:
+            tables.write_branch(connection, lost, sums)
+        state = State(os.urandom(8), lost.number)
+        if self._state.lineage not in (b"", lost.lineage):
             state = self._add_what_was_lost(connection, state)
         tables.write_state(connection, state)
         return state
@@ -277,23 +281,22 @@ class SharedTotals:
     def _add_what_was_lost(self, connection: sqlite3.Connection, state: State) -> State:
         """Add what this worker knows of a lost history and the file does not have."""
         known = self._state
+        branch = tables.branch_of(connection, known.lineage)
+        if branch is not None and branch >= known.number:
+            return state
         theirs = tables.read_series(connection, -1, self._widths)
-        change = state.number + 1
-        if known.lineage != state.parent:
-            # It was lost more than once since: what is in both cannot be told from what is in one.
+        if branch is None:
+            # Lost long ago: whoever was there then has added what this worker knows, or knew less.
             sums = {key: _larger(mine, theirs.get(key)) for key, mine in self.merged.items()}
-        elif known.number > state.branch:
-            began = tables.read_branch(connection)
+        else:
+            began = tables.read_branch(connection, known.lineage)
             sums = {
                 key: _sum(theirs.get(key), _difference(mine, began.get(key)))
                 for key, mine in self.merged.items()
             }
-            tables.write_branch(connection, self.merged)
-            state = state._replace(branch=known.number)
-        else:
-            return state
-        tables.write_series(connection, sums, change)
-        state = state._replace(number=change)
+        tables.write_branch(connection, known, self.merged)
+        state = state._replace(number=state.number + 1)
+        tables.write_series(connection, sums, state.number)
         tables.write_state(connection, state)
         return state
 
@@ -339,6 +342,11 @@ def _sum(one: Numbers | None, other: Numbers | None) -> Numbers:
 
 def _difference(one: Numbers, other: Numbers | None) -> Numbers:
     return one if other is None else [a - b for a, b in zip(one, other, strict=True)]
+
+
+def _has_all(sums: Mapping[SeriesKey, Numbers], known: Mapping[SeriesKey, Numbers]) -> bool:
+    """Tell whether no known sum is larger than that of a file."""
+    return all(key in sums and all(map(ge, sums[key], numbers)) for key, numbers in known.items())
 
 
 def _larger(one: Numbers | None, other: Numbers | None) -> Numbers:

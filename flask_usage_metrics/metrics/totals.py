@@ -36,9 +36,9 @@ from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.state_dir import StateDir
 
 _LOCK_SECONDS = 5.0
-
+_QUICK_SECONDS = 0.5
 _PAUSE_SECONDS = 1.0
-"""Seconds after a failed sync before the shared file is tried again."""
+"""Seconds after a sync that failed, and took longer than the above, before the next."""
 
 
 _REGISTRIES: defaultdict[str, Iterator[int]] = defaultdict(count)
@@ -91,7 +91,7 @@ class Totals:
     def reset_after_fork(self) -> None:
         """Start at zero: the parent process keeps counting its own."""
         self._file: SharedTotals | None = None
-        self._is_shared = True
+        self._is_shared, self._is_alone = True, False
         self._retry_at = 0.0
         self._lock = threading.Lock()
         self._counts = Counts(self.shape)
@@ -167,9 +167,15 @@ class Totals:
 
     # ------------------------------------------------------------------------ sharing
 
-    def share(self, path: Path) -> None:
-        """Share the totals with other workers in a file, from the next sync on."""
+    def share(self, path: Path, *, is_alone: bool = False) -> None:
+        """Share the totals with other workers in a file, from the next sync on.
+
+        Args:
+            path: The file.
+            is_alone: Whether no other process can be asked for them meanwhile.
+        """
         with self._lock:
+            self._is_alone = is_alone
             if self._file is None:
                 self._file = SharedTotals(path, self._counts.widths())
                 for table in self._counts.tables.values():
@@ -238,10 +244,13 @@ class Totals:
         }
         commits = {journal.id: number for journal, number in self._commits.items()}
         gauges = read_gauges(list(self._sources))
+        began = monotonic()
         try:
             changes = self._file.sync(new, commits, gauges, exemplars)
         except (sqlite3.Error, OSError, StateUnavailable) as error:
             self._complain(error)
+            if monotonic() > began + _QUICK_SECONDS:
+                self._retry_at = monotonic() + _PAUSE_SECONDS
             return False
         self._is_shared = True
         for table in tables.values():
@@ -253,7 +262,7 @@ class Totals:
     def _show_what_is_shared(self) -> None:
         """Have scrapes show what is in the shared file, whether it can be written to now or not.
 
-        Numbers that are not in it yet are shown only by a worker that has no others: another would
+        Numbers that are not in it yet are shown only if no other worker can be asked: it would
         answer the next scrape without them, and its counters would seem to fall.
         """
         file = self._file
@@ -261,7 +270,7 @@ class Totals:
             return
         with suppress(sqlite3.Error, OSError, StateUnavailable):
             self._apply(file.read())
-        if not file.is_known or set(file.workers) <= {os.getpid()}:
+        if self._is_alone or not file.is_known:
             self._update()
             for table in self._counts.tables.values():
                 table.show_new()
@@ -287,7 +296,6 @@ class Totals:
 
     def _complain(self, error: Exception) -> None:
         self._is_shared = False
-        self._retry_at = monotonic() + _PAUSE_SECONDS
         if self._faults:
             self._faults[0].report("totals", error, "workers are added together later")
 

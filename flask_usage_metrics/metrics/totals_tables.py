@@ -21,8 +21,11 @@ FORMAT = 2
 """Number of this layout: workers of versions with another one share no file."""
 
 # Texts are kept as bytes: SQLite does not check what it reads, and Python's module fails at it.
-_SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS state (lineage BLOB, number INTEGER, parent BLOB, branch INTEGER)",
+COPY_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS state (lineage BLOB, number INTEGER)",
+    "CREATE TABLE IF NOT EXISTS ancestor (lineage BLOB PRIMARY KEY, number INTEGER, made INTEGER)",
+    "CREATE TABLE IF NOT EXISTS branch (lineage BLOB, family BLOB, labels BLOB, numbers BLOB,"
+    " PRIMARY KEY (lineage, family, labels)) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS series (family BLOB, labels BLOB, numbers BLOB, changed INTEGER,"
     " PRIMARY KEY (family, labels)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS series_changed ON series (changed)",
@@ -31,13 +34,14 @@ _SCHEMA = (
     "CREATE INDEX IF NOT EXISTS exemplar_changed ON exemplar (changed)",
     "CREATE TABLE IF NOT EXISTS journal (id BLOB PRIMARY KEY, folded INTEGER) WITHOUT ROWID",
 )
-COPY_SCHEMA = _SCHEMA
 TOTALS_SCHEMA = (
-    *_SCHEMA,
-    "CREATE TABLE IF NOT EXISTS branch (family BLOB, labels BLOB, numbers BLOB,"
-    " PRIMARY KEY (family, labels)) WITHOUT ROWID",
+    *COPY_SCHEMA,
     "CREATE TABLE IF NOT EXISTS worker (pid INTEGER PRIMARY KEY, started BLOB, gauges BLOB)",
 )
+
+_ANCESTORS = 4
+"""How many lost histories are remembered: workers that have not come since the last losses may
+know more of one."""
 
 _to_json = msgspec.json.Encoder().encode
 _numbers = msgspec.json.Decoder(Numbers).decode
@@ -52,14 +56,10 @@ class State(NamedTuple):
     Attributes:
         lineage: Random name of its history; ``b""``: it has none yet.
         number: Of the last change.
-        parent: The history that was lost, and whose sums this file began with.
-        branch: Number of the parent's last change that is in them.
     """
 
     lineage: bytes = b""
     number: int = 0
-    parent: bytes = b""
-    branch: int = 0
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def read_state(connection: sqlite3.Connection) -> State:
 def write_state(connection: sqlite3.Connection, state: State) -> None:
     """Replace the state."""
     connection.execute("DELETE FROM state")
-    connection.execute("INSERT INTO state VALUES (?, ?, ?, ?)", state)
+    connection.execute("INSERT INTO state VALUES (?, ?)", state)
 
 
 def read_series(
@@ -104,11 +104,6 @@ def read_series(
         "SELECT family, labels, numbers FROM series WHERE changed > ?", (since,)
     )
     return _sums(rows, widths)
-
-
-def read_branch(connection: sqlite3.Connection) -> dict[SeriesKey, Numbers]:
-    """Return the sums that the file began with after a loss."""
-    return _sums(connection.execute("SELECT * FROM branch"), {})
 
 
 def _sums(
@@ -136,21 +131,36 @@ def write_series(
     )
 
 
-def branch_off(connection: sqlite3.Connection) -> None:
-    """Keep the sums of now as those that the file begins with."""
-    connection.execute("DELETE FROM branch")
-    connection.execute("INSERT INTO branch SELECT family, labels, numbers FROM series")
+def branch_of(connection: sqlite3.Connection, lineage: bytes) -> int | None:
+    """Return the last change of a lost history that is in the sums; None if it is not known."""
+    row = connection.execute("SELECT number FROM ancestor WHERE lineage = ?", (lineage,)).fetchone()
+    return None if row is None else int(row[0])
 
 
-def write_branch(connection: sqlite3.Connection, sums: Mapping[SeriesKey, Numbers]) -> None:
-    """Replace the sums that the file began with."""
+def read_branch(connection: sqlite3.Connection, lineage: bytes) -> dict[SeriesKey, Numbers]:
+    """Return those sums of a lost history that are in the sums."""
+    rows = connection.execute(
+        "SELECT family, labels, numbers FROM branch WHERE lineage = ?", (lineage,)
+    )
+    return _sums(rows, {})
+
+
+def write_branch(
+    connection: sqlite3.Connection, lost: State, sums: Mapping[SeriesKey, Numbers]
+) -> None:
+    """Note that the sums of a lost history are in the sums up to a change."""
+    connection.execute("DELETE FROM branch WHERE lineage = ?", (lost.lineage,))
     connection.executemany(
-        "INSERT OR REPLACE INTO branch VALUES (?, ?, ?)",
+        "INSERT INTO branch VALUES (?, ?, ?, ?)",
         [
-            (family.encode(), _to_json(labels), _to_json(numbers))
+            (lost.lineage, family.encode(), _to_json(labels), _to_json(numbers))
             for (family, labels), numbers in sums.items()
         ],
     )
+    (made,) = connection.execute("SELECT ifnull(max(made), 0) + 1 FROM ancestor").fetchone()
+    connection.execute("INSERT OR REPLACE INTO ancestor VALUES (?, ?, ?)", (*lost, made))
+    connection.execute("DELETE FROM ancestor WHERE made <= ?", (made - _ANCESTORS,))
+    connection.execute("DELETE FROM branch WHERE lineage NOT IN (SELECT lineage FROM ancestor)")
 
 
 def read_exemplars(connection: sqlite3.Connection, since: int) -> dict[SeriesKey, BucketExemplars]:
@@ -234,12 +244,22 @@ def copy_changes(source: sqlite3.Connection, target: sqlite3.Connection) -> None
     for table in ("series", "exemplar"):
         changed = source.execute(f"SELECT * FROM {table} WHERE changed > ?", (since,))
         target.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", changed)
-    target.execute("DELETE FROM journal")
-    copy_commits(source, target)
+    copy_other_tables(source, target)
     write_state(target, state)
 
 
-def copy_commits(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
-    """Copy the commits of all journals."""
-    commits = source.execute("SELECT * FROM journal")
-    target.executemany("INSERT OR REPLACE INTO journal VALUES (?, ?)", commits)
+def copy_other_tables(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
+    """Copy the commits of journals, and what is known of lost histories."""
+    _copy_table(source, target, "journal")
+    ancestors = "SELECT * FROM ancestor ORDER BY lineage"
+    if source.execute(ancestors).fetchall() != target.execute(ancestors).fetchall():
+        _copy_table(source, target, "ancestor")
+        _copy_table(source, target, "branch")
+
+
+def _copy_table(source: sqlite3.Connection, target: sqlite3.Connection, table: str) -> None:
+    target.execute(f"DELETE FROM {table}")
+    rows = source.execute(f"SELECT * FROM {table}").fetchall()
+    if rows:
+        places = ", ".join("?" * len(rows[0]))
+        target.executemany(f"INSERT INTO {table} VALUES ({places})", rows)

@@ -73,7 +73,7 @@ class WorkerGroup:
             run = join_run(self._state, server, self._totals.key)
             self._server_run = run
             if server.is_shared:
-                self._totals.share(run.folder / TOTALS)
+                self._totals.share(run.folder / TOTALS, is_alone=server.is_alone)
         except (OSError, StateUnavailable) as error:
             self.complain(error)
             if server.is_shared:

@@ -16,12 +16,14 @@ class Server(NamedTuple):
         names: The addresses it listens at; if there are none, one text of its parent or of the
             process itself.
         starter: Id of the process that starts its workers: their parent, or the only one itself.
-        is_shared: Whether other processes may have a name in common with this one.
+        is_shared: Whether it has an address, or other processes, so that its totals are looked for.
+        is_alone: Whether it is known that no other process has a name in common with this one.
     """
 
     names: frozenset[str]
     starter: int
     is_shared: bool = True
+    is_alone: bool = False
 
 
 def this_server(*, multiprocess: bool) -> Server:
@@ -45,9 +47,8 @@ def this_server(*, multiprocess: bool) -> Server:
         own = f"{parent} {started(parent)} {group}" if multiprocess else os.urandom(8).hex()
         names = frozenset([own])
     is_shared = bool(found) or multiprocess
-    return Server(
-        names, parent if is_shared and _is_started_by(parent, found) else os.getpid(), is_shared
-    )
+    starter = parent if is_shared and _is_started_by(parent, found) else os.getpid()
+    return Server(names, starter, is_shared, starter == os.getpid() and not multiprocess)
 
 
 def _is_started_by(parent: int, found: list[Listener]) -> bool:

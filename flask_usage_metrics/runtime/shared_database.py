@@ -16,6 +16,7 @@ from flask_usage_metrics.runtime.private_files import (
     check_private_file,
     make_private,
     make_private_file,
+    try_lock,
 )
 
 _BUSY_SECONDS = 1.0
@@ -89,7 +90,7 @@ class SharedDatabase:
                     self._close()
                 # Exactly that class: "file is not a database", "disk image is malformed".
                 if type(error) is sqlite3.DatabaseError:
-                    self._delete()
+                    self._discard()
                 raise
             finally:
                 if not self._stays_open:
@@ -152,20 +153,30 @@ class SharedDatabase:
         if not os.path.samestat(found, self._file):  # no inode is used again while it is open
             return False
         if not found.st_size:  # emptied: we could go on with its log, but nobody else could open it
-            self._delete()
+            self._discard()
             return False
         return True
 
     def _open(self) -> None:
-        name = ":memory:"
-        if self._path is not None:
-            make_private(self._path.parent)  # again, if somebody removed it
+        if self._path is None:
+            self._connect(":memory:")
+            return
+        name = f"{self._path.absolute().as_uri()}?mode=rw"
+        make_private(self._path.parent)  # again, if somebody removed it
+        with suppress(FileNotFoundError):
+            self._file = check_private_file(self._path)
+            if self._file.st_size:
+                self._connect(name)
+                return
+        with _one_by_one(self._path.parent):
             self._file = make_private_file(self._path)
-            if not self._file.st_size and self._log().exists():
-                # It was emptied, and whoever has its log open keeps others from writing.
+            # New, or emptied, with a log of before. One without a log stays empty for a while.
+            if self._stays_open and not self._file.st_size:
                 self._delete()
                 self._file = make_private_file(self._path)
-            name = f"{self._path.absolute().as_uri()}?mode=rw"
+            self._connect(name)
+
+    def _connect(self, name: str) -> None:
         connection = sqlite3.connect(
             name, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
         )
@@ -187,16 +198,33 @@ class SharedDatabase:
             self._finalizer()
         self._connection = self._finalizer = None
 
-    def _delete(self) -> None:
-        """Delete the file and its log, which does not belong to the next one."""
-        if self._path is not None:
-            for path in (self._path, self._log()):
-                with suppress(OSError):
-                    path.unlink()
+    def _discard(self) -> None:
+        """Delete the file that was opened, unless another has taken its place."""
+        if self._path is None or self._file is None:
+            return
+        with suppress(OSError), _one_by_one(self._path.parent):
+            if os.path.samestat(self._path.lstat(), self._file):
+                self._delete()
 
-    def _log(self) -> Path:
+    def _delete(self) -> None:
+        """Delete the file, and what belongs to it: whoever has them open goes on with those."""
         assert self._path is not None
-        return self._path.with_name(f"{self._path.name}-wal")
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with suppress(OSError):
+                self._path.with_name(f"{self._path.name}{suffix}").unlink()
+
+
+@contextmanager
+def _one_by_one(folder: Path) -> Iterator[None]:
+    """Let one process at a time make or delete files; nobody waits for longer than a second."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while not try_lock(descriptor) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 _inherited: list[sqlite3.Connection] = []
