@@ -25,6 +25,7 @@ from flask_usage_metrics.metrics.names import (
     VISITORS,
     Description,
 )
+from flask_usage_metrics.metrics.onlooker import Onlooker
 from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.metrics.shared_totals import Changes, SharedTotals
 from flask_usage_metrics.metrics.sink_counters import SinkCounters
@@ -93,8 +94,11 @@ class Totals:
         self._file: SharedTotals | None = None
         self._is_shared, self._is_alone = True, False
         self._retry_at = 0.0
+        self._workers: list[int] = []
         self._lock = threading.Lock()
         self._counts = Counts(self.shape)
+        # Until a request comes to this process.
+        self._onlooker: Onlooker | None = Onlooker(self.shape)
         self._commits: dict[CountedJournal, int] = {}
         for counters in self._sink_counters:
             counters.reset()
@@ -167,23 +171,31 @@ class Totals:
 
     # ------------------------------------------------------------------------ sharing
 
-    def share(self, path: Path, *, is_alone: bool = False) -> None:
+    def share(self, path: Path | None, *, is_alone: bool = False) -> None:
         """Share the totals with other workers in a file, from the next sync on.
 
         Args:
-            path: The file.
+            path: The file; None: there are no other workers.
             is_alone: Whether no other process can be asked for them meanwhile.
         """
         with self._lock:
+            self._begin_to_count()
             self._is_alone = is_alone
-            if self._file is None:
+            if path is not None and self._file is None:
                 self._file = SharedTotals(path, self._counts.widths())
                 for table in self._counts.tables.values():
                     table.resend()
 
     def stay_alone(self) -> None:
         """Note that there are other workers, and no place to share totals with them."""
-        self._is_shared = False
+        with self._lock:
+            self._begin_to_count()
+            self._is_shared = False
+
+    def _begin_to_count(self) -> None:
+        if self._onlooker is not None:
+            self._onlooker.close()
+            self._onlooker = None
 
     def sync(self) -> None:
         """Sync with the shared file, if there is one; never raises, and a later sync tries again.
@@ -323,22 +335,35 @@ class Totals:
             source.drain()
         self._acquire()
         try:
-            if self._file is None:
-                self._update()
-                for table in self._counts.tables.values():
-                    table.merge_local()
-            else:
-                self._show_what_is_shared()
-            families = self._counts.families()
-            workers = {} if self._file is None else dict(self._file.workers)
+            counts, workers = self._seen() or self._counted(sources)
+            self._workers = sorted(workers)
+            families = counts.families()
         finally:
             self._lock.release()
-        workers[os.getpid()] = read_gauges(sources)
         visitors = [count for source in sources if (count := source.visitors()) is not None]
         samples = self._samples(list(workers.values()), visitors)
         for description, values in samples.items():
             families[description] = self._gauge_family(description, values)
         return [families[description] for description in DESCRIPTIONS]
+
+    def _seen(self) -> tuple[Counts, dict[int, Gauges]] | None:
+        """Return what the workers of the server have counted, unless this process is one."""
+        if self._onlooker is None or self.state is None:
+            return None
+        return self._onlooker.look(self.state, self.key)
+
+    def _counted(self, sources: Iterable[GaugeSource]) -> tuple[Counts, dict[int, Gauges]]:
+        """Return what this process and other workers of its server have counted."""
+        workers: dict[int, Gauges] = {}
+        if self._file is None:
+            self._update()
+            for table in self._counts.tables.values():
+                table.merge_local()
+        else:
+            self._show_what_is_shared()
+            workers.update(self._file.workers)
+        workers[os.getpid()] = read_gauges(sources)
+        return self._counts, workers
 
     def _acquire(self) -> None:
         if not self._lock.acquire(timeout=_LOCK_SECONDS):
@@ -356,9 +381,8 @@ class Totals:
         return sum(source.in_progress() for source in list(self._sources))
 
     def workers(self) -> list[int]:
-        """Return the process ids of all living workers, as of the last sync, this one included."""
-        file = self._file
-        return [os.getpid()] if file is None else sorted({os.getpid(), *file.workers})
+        """Return the process ids of all living workers, as `families` met them last."""
+        return self._workers or [os.getpid()]
 
     def _samples(
         self, workers: list[Gauges], visitors: list[int]

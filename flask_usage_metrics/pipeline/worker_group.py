@@ -15,11 +15,15 @@ from flask_usage_metrics.records.observation import Origin
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.private_files import StateUnavailable
-from flask_usage_metrics.runtime.server_runs import ServerRun, dead_runs, join_run, remove_run
+from flask_usage_metrics.runtime.server_runs import (
+    TOTALS,
+    ServerRun,
+    dead_runs,
+    join_run,
+    remove_run,
+)
 from flask_usage_metrics.runtime.servers import Server
 from flask_usage_metrics.runtime.state_dir import StateDir, digest
-
-TOTALS = "totals.sqlite3"
 
 _GROUP_SECONDS = 0.5
 _DEAD_RUNS_SECONDS = 60.0
@@ -72,8 +76,8 @@ class WorkerGroup:
                 raise StateUnavailable("none is configured")
             run = join_run(self._state, server, self._totals.key)
             self._server_run = run
-            if server.is_shared:
-                self._totals.share(run.folder / TOTALS, is_alone=server.is_alone)
+            path = run.folder / TOTALS if server.is_shared else None
+            self._totals.share(path, is_alone=server.is_alone)
         except (OSError, StateUnavailable) as error:
             self.complain(error)
             if server.is_shared:

@@ -28,6 +28,9 @@ from flask_usage_metrics.runtime.state_dir import StateDir, digest
 
 LOCK = "lock"
 
+TOTALS = "totals.sqlite3"
+"""Name of the file in which the members add their totals together."""
+
 _LOCK_SECONDS = 1.0
 """How long a process waits to become a member: who looks for dead runs holds the lock for less than
 a millisecond, unless it is stopped meanwhile."""
