@@ -49,8 +49,8 @@ class SharedTotals:
 
     The file may be lost, emptied or damaged at any moment; no sum falls, and none is missing:
 
-    - Each sync also brings a copy of the file up to date. Whoever finds the file lost makes a new
-      one of the copy; or, if that is lost as well, of what it remembers.
+    - Each scrape brings a copy of the file up to date before it shows anything. Whoever finds the
+      file lost makes a new one of the copy, or of what it remembers if that is more.
     - A new file has a history of its own (`State.lineage`) and keeps the sums that it began with.
       A worker that remembers a later state of the lost history adds the difference, once.
 
@@ -94,6 +94,8 @@ class SharedTotals:
         commits: Mapping[str, int],
         gauges: Gauges,
         exemplars: Mapping[SeriesKey, BucketExemplars] = {},
+        *,
+        is_scrape: bool = False,
     ) -> Changes:
         """Add the numbers counted here, and read those that other workers added.
 
@@ -102,6 +104,7 @@ class SharedTotals:
             commits: For each journal id, the number of the last commit that is part of `new`.
             gauges: Of this process.
             exemplars: Those observed here since the last sync; kept where they are the newest.
+            is_scrape: Whether the sums are about to be shown, so that the copy must have them.
 
         Returns:
             The changed series, those that changed here among them.
@@ -120,7 +123,7 @@ class SharedTotals:
             # The file was lost or damaged: there is a new one to be made, or made already.
             changes = self._add(new, commits, gauges, exemplars)
         for _ in range(_ATTEMPTS):
-            if self._update_copy():
+            if not is_scrape or self._update_copy():
                 break
             # The file was lost as soon as this was added.
             more = self._add({}, {}, gauges, {})
@@ -189,7 +192,11 @@ class SharedTotals:
             is_other = state.lineage != known.lineage
             since = -1 if is_other else known.number
             theirs = tables.read_series(connection, since, self._widths)
-            if not state.lineage or (is_other and not _has_all(theirs, self.merged)):
+            oldest = 0 if is_other else known.number
+            if database is self._database:
+                oldest = max(oldest, self._shown(state.lineage))
+            is_old = state.number < oldest
+            if not state.lineage or is_old or (is_other and not _has_all(theirs, self.merged)):
                 raise sqlite3.OperationalError("less than is known already")
             newer = self._newer(tables.read_exemplars(connection, since))
             workers = self.workers
@@ -219,6 +226,7 @@ class SharedTotals:
         """Take this process's gauges out of the file and close it."""
         with suppress(*_UNUSABLE), self._transaction() as (connection, _):
             tables.delete_workers(connection, [self._pid])
+        self._update_copy()  # nobody else may know what was added last
         self.close()
 
     def close(self) -> None:
@@ -243,11 +251,18 @@ class SharedTotals:
             if not state.lineage:
                 state = self._fill(connection)
             elif state.lineage == known.lineage:
-                if state.number < known.number:
+                if state.number < max(known.number, self._shown(state.lineage)):
                     raise ValueError("an earlier state")
             elif known.lineage:
                 state = self._add_what_was_lost(connection, state)
             yield connection, state
+
+    def _shown(self, lineage: bytes) -> int:
+        """Return the number of the last change of a history that somebody has shown, if known."""
+        with suppress(*_UNUSABLE), self._copy.reading() as copy, damage_told():
+            state = tables.read_state(copy)
+            return state.number if state.lineage == lineage else 0
+        return 0
 
     def _fill(self, connection: sqlite3.Connection) -> State:
         """Begin a new history, with the sums of the copy or else those known here."""

@@ -238,7 +238,7 @@ class Totals:
                 self._sync()
                 self._file.release()
 
-    def _sync(self) -> bool:
+    def _sync(self, *, is_scrape: bool = False) -> bool:
         """Sync with the shared file; return whether all that was counted here is in it now."""
         # A file that is locked costs a second, which not every scrape and batch should wait.
         if self._file is None or monotonic() < self._retry_at:
@@ -258,7 +258,7 @@ class Totals:
         gauges = read_gauges(list(self._sources))
         began = monotonic()
         try:
-            changes = self._file.sync(new, commits, gauges, exemplars)
+            changes = self._file.sync(new, commits, gauges, exemplars, is_scrape=is_scrape)
         except (sqlite3.Error, OSError, StateUnavailable) as error:
             self._complain(error)
             if monotonic() > began + _QUICK_SECONDS:
@@ -278,7 +278,7 @@ class Totals:
         answer the next scrape without them, and its counters would seem to fall.
         """
         file = self._file
-        if file is None or self._sync():
+        if file is None or self._sync(is_scrape=True):
             return
         with suppress(sqlite3.Error, OSError, StateUnavailable):
             self._apply(file.read())

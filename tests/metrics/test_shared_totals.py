@@ -40,11 +40,13 @@ def path(tmp_path: Path) -> Path:
 
 
 def add(file: SharedTotals, **counts: int) -> None:
-    file.sync({("requests", ("GET", name)): [n] for name, n in counts.items()}, {}, GAUGES)
+    file.sync(
+        {("requests", ("GET", name)): [n] for name, n in counts.items()}, {}, GAUGES, is_scrape=True
+    )
 
 
 def look(file: SharedTotals) -> dict[str, float]:
-    file.sync({}, {}, GAUGES)
+    file.sync({}, {}, GAUGES, is_scrape=True)
     return {labels[1]: numbers[0] for (_, labels), numbers in file.merged.items()}
 
 
@@ -54,7 +56,7 @@ def insist(files: list[SharedTotals], new: dict[SeriesKey, Numbers]) -> None:
     for _ in range(5):
         for file in list(waiting):
             with suppress(sqlite3.Error):
-                file.sync(new, {}, GAUGES)
+                file.sync(new, {}, GAUGES, is_scrape=True)
                 waiting.remove(file)
         if not waiting:
             return
@@ -81,16 +83,16 @@ def test_each_sees_the_sum_of_all_and_only_what_changed_is_written(path: Path) -
 
 def test_a_sync_tells_what_it_changed_and_what_others_did(path: Path) -> None:
     one, other = SharedTotals(path), SharedTotals(path)
-    assert one.sync({A: [1], B: [2]}, {}, GAUGES) == ({A: [1], B: [2]}, {})
-    assert one.sync({}, {}, GAUGES) == ({}, {})
-    assert other.sync({A: [10]}, {}, GAUGES, {A: [b"x"]}) == (
+    assert one.sync({A: [1], B: [2]}, {}, GAUGES, is_scrape=True) == ({A: [1], B: [2]}, {})
+    assert one.sync({}, {}, GAUGES, is_scrape=True) == ({}, {})
+    assert other.sync({A: [10]}, {}, GAUGES, {A: [b"x"]}, is_scrape=True) == (
         {A: [11], B: [2]},
         {A: [b"x"]},
     )
-    assert one.sync({B: [3]}, {}, GAUGES) == ({A: [11], B: [5]}, {A: [b"x"]})
+    assert one.sync({B: [3]}, {}, GAUGES, is_scrape=True) == ({A: [11], B: [5]}, {A: [b"x"]})
     path.unlink()
-    assert other.sync({A: [1]}, {}, GAUGES) == ({A: [12], B: [5]}, {A: [b"x"]})
-    assert one.sync({}, {}, GAUGES) == ({A: [12], B: [5]}, {A: [b"x"]})
+    assert other.sync({A: [1]}, {}, GAUGES, is_scrape=True) == ({A: [12], B: [5]}, {A: [b"x"]})
+    assert one.sync({}, {}, GAUGES, is_scrape=True) == ({A: [12], B: [5]}, {A: [b"x"]})
     for file in (one, other):
         file.close()
 
@@ -112,7 +114,7 @@ def test_sums_are_exact_under_concurrent_syncs(path: Path) -> None:
             }
             while True:
                 try:
-                    file.sync(new, {}, GAUGES)
+                    file.sync(new, {}, GAUGES, is_scrape=True)
                     break
                 except sqlite3.OperationalError:
                     continue
@@ -156,7 +158,7 @@ while True:
     while len(file.merged) < 3 or len(file.workers) < 4:
         assert time.monotonic() < deadline
         with suppress(sqlite3.OperationalError):  # the others release hardly a gap
-            file.sync({}, {}, GAUGES)
+            file.sync({}, {}, GAUGES, is_scrape=True)
     assert {pid for pid, gauges in file.workers.items() if gauges.in_progress} == {
         child.pid for child in children
     }
@@ -249,7 +251,10 @@ def test_losses_in_a_row_lose_nothing_that_somebody_knows(path: Path) -> None:
         file.close()
 
 
-@settings(max_examples=40, deadline=None)
+WORK = ["sync 0", "sync 1", "sync 2", "scrape 0", "scrape 1", "scrape 2", "replace"]
+
+
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_no_sum_falls_or_is_wrong_whatever_is_lost_at_once(data: st.DataObject) -> None:
     """Workers come, go and sync in any order, while the file or its copy is damaged."""
@@ -257,21 +262,26 @@ def test_no_sum_falls_or_is_wrong_whatever_is_lost_at_once(data: st.DataObject) 
         path = Path(folder, "g", "totals.sqlite3")
         path.parent.mkdir(mode=0o700)
         files = [SharedTotals(path) for _ in range(3)]
-        counted, is_whole = 0, False
-        for step in data.draw(st.lists(st.sampled_from([0, 1, 2, *HOWS[2:], "new"]), max_size=25)):
-            if step == "new":
-                files[0].close()
+        counted, shown, is_whole = 0, 0.0, False
+        for step in data.draw(st.lists(st.sampled_from([*WORK, *HOWS[2:]]), max_size=25)):
+            if step == "replace":
+                files[0].release()
                 files[0] = SharedTotals(path)
-            elif isinstance(step, int):
-                insist([files[step]], {A: [1]})
-                counted, is_whole = counted + 1, True
-                assert files[step].merged[A] == [counted]
+            elif step in WORK:
+                kind, number = step.split()
+                file = files[int(number)]
+                file.sync({A: [1]}, {}, GAUGES, is_scrape=kind == "scrape")
+                counted += 1
+                if kind == "scrape":
+                    assert shown < file.merged[A][0] <= counted
+                    shown, is_whole = file.merged[A][0], True
             elif is_whole:
                 name = data.draw(st.sampled_from([path.name, COPY]))
                 break_it(path.with_name(name), step)
                 is_whole = False
+        for file in files * 2:
+            file.sync({}, {}, GAUGES, is_scrape=True)
         for file in files:
-            insist([file], {})
             assert file.merged.get(A, [0]) == [counted]
             file.close()
 
@@ -296,7 +306,7 @@ def test_what_cannot_be_read_is_damage(path: Path, change: str) -> None:
     widths = {"requests": (2, 1)}
     files = [SharedTotals(path, widths) for _ in range(2)]
     for file in files:
-        file.sync({A: [5], B: [1]}, {"journal": 7}, GAUGES, {A: [b"x"]})
+        file.sync({A: [5], B: [1]}, {"journal": 7}, GAUGES, {A: [b"x"]}, is_scrape=True)
     with closing(sqlite3.connect(path)) as other:
         with suppress(sqlite3.IntegrityError):  # a key of two rows
             other.execute(change)
@@ -304,9 +314,9 @@ def test_what_cannot_be_read_is_damage(path: Path, change: str) -> None:
         other.execute("UPDATE exemplar SET changed = 1000")
         other.commit()
     for file in files:
-        file.sync({A: [1]}, {}, GAUGES)
+        file.sync({A: [1]}, {}, GAUGES, is_scrape=True)
     for file in (*files, SharedTotals(path, widths)):
-        file.sync({}, {}, GAUGES)
+        file.sync({}, {}, GAUGES, is_scrape=True)
         assert file.merged == {A: [12], B: [2]}
         assert file.exemplars == {A: [b"x"]}
         assert file.last_commit("journal") == 7
@@ -323,7 +333,7 @@ def test_what_is_shared_can_be_read_when_it_cannot_be_written(path: Path, how: s
         path.mkdir()
         assert one.read().sums == {A: [2]} == one.merged
         with pytest.raises(OSError, match="not a file"):
-            one.sync({}, {}, GAUGES)
+            one.sync({}, {}, GAUGES, is_scrape=True)
         path.rmdir()
     else:
         with closing(sqlite3.connect(path, isolation_level=None)) as locker:
@@ -332,7 +342,7 @@ def test_what_is_shared_can_be_read_when_it_cannot_be_written(path: Path, how: s
             assert one.read().sums == {A: [2]} == one.merged
             assert one.read().sums == {}
             with pytest.raises(sqlite3.OperationalError):
-                one.sync({}, {}, GAUGES)
+                one.sync({}, {}, GAUGES, is_scrape=True)
             locker.execute("ROLLBACK")
     newcomer = SharedTotals(path)
     assert newcomer.read().sums == {A: [2]}
@@ -387,7 +397,7 @@ def test_a_locked_file_raises_within_about_a_second_and_adds_nothing(path: Path)
             assert time.monotonic() - start < 4
         other.execute("ROLLBACK")
     assert path.exists()
-    file.sync({A: [10]}, {"j": 1}, GAUGES)
+    file.sync({A: [10]}, {"j": 1}, GAUGES, is_scrape=True)
     fresh.sync({A: [100]}, {}, GAUGES)
     assert look(file) == look(fresh) == {"a": 111}
     assert file.last_commit("j") == 1
@@ -436,7 +446,7 @@ def observe(
     file: SharedTotals, exemplars: dict[SeriesKey, BucketExemplars]
 ) -> dict[SeriesKey, BucketExemplars]:
     """Visit as a worker does: an exemplar comes with the count of its series."""
-    file.sync({key: [1] for key in exemplars}, {}, GAUGES, exemplars)
+    file.sync({key: [1] for key in exemplars}, {}, GAUGES, exemplars, is_scrape=True)
     return file.exemplars
 
 
