@@ -127,12 +127,27 @@ class Checkpoints:
             sequences: Their sequence numbers there.
             waiting: All entries that were taken from journals and not handed to the sinks yet.
         """
-        if reader.file is not None and sequences:
+        if sequences:
             reader.last = max(reader.last, *sequences)
-            # Only the old end of a journal is truncated: an entry that waits holds up later ones.
-            first = [entry.sequence for entry in waiting if entry.reader is reader]
-            through = min(first) - 1 if first else reader.last
-            self._ahead.append(_Checkpoint(reader, through, reader.commit, self._received()))
+            if reader.file is not None:
+                self._add(reader, waiting)
+
+    def open(self, file: JournalFile | None, waiting: Iterable[JournalEntry] = ()) -> None:
+        """Set the file of the journal of this process.
+
+        Args:
+            file: None: there is none.
+            waiting: All entries that were taken from it before and not handed to the sinks yet.
+        """
+        self.own.file = file
+        if file is not None and self.own.last:
+            self._add(self.own, waiting)
+
+    def _add(self, reader: JournalReader, waiting: Iterable[JournalEntry]) -> None:
+        # Only the old end of a journal is truncated: an entry that waits holds up later ones.
+        first = [entry.sequence for entry in waiting if entry.reader is reader]
+        through = min(first) - 1 if first else reader.last
+        self._ahead.append(_Checkpoint(reader, through, reader.commit, self._received()))
 
     def checkpoint(self, waiting: Sequence[JournalEntry]) -> None:
         """Truncate the journals up to each checkpoint that is reached.

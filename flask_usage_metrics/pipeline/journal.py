@@ -46,10 +46,12 @@ class Journal:
         self.file: JournalFile | None = None
 
     def open(self, file: JournalFile | None) -> None:
-        """Set the file, before any observation is appended."""
-        self.file = file
+        """Set the file; what was appended before is in memory only."""
         if file is not None:
             file.filling = self._filling
+        with self._lock:
+            self.file = file
+            self._last_unwritten = self._sequence
 
     def _filling(self) -> None:
         self.hurry()
@@ -74,7 +76,8 @@ class Journal:
                 return False
             self._sequence = sequence = self._sequence + 1
             file = self.file
-            if payload is not None and file is not None and not file.append(sequence, payload):
+            # Without a payload the file came after it would have been made.
+            if file is not None and (payload is None or not file.append(sequence, payload)):
                 self._last_unwritten = sequence
             self._waiting.append((sequence, observation))
         finally:

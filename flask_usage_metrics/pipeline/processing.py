@@ -21,8 +21,8 @@ from flask_usage_metrics.pipeline.checkpoints import (
 )
 from flask_usage_metrics.pipeline.delivery.sink import Accepts, Sink
 from flask_usage_metrics.pipeline.journal import Journal
+from flask_usage_metrics.pipeline.kept_files import KeptFiles, close_journal
 from flask_usage_metrics.pipeline.losses import Losses
-from flask_usage_metrics.pipeline.restoring import Restoring
 from flask_usage_metrics.pipeline.worker_group import WorkerGroup
 from flask_usage_metrics.pipeline.yielding import yielding
 from flask_usage_metrics.records.observation import Observation
@@ -92,7 +92,6 @@ class Processor:
         self.counters = totals.sink_counters(METRICS_SINK)
         self._sinks = sinks
         self._faults = faults
-        self._restoring = Restoring(journal, worker_group, sinks)
         accepts: dict[str, Accepts | None] = {sink.name: sink.accepts for sink in sinks}
         self.losses = Losses({METRICS_SINK: None, **accepts})
         self._start_anew()
@@ -107,6 +106,9 @@ class Processor:
         self._processing: Sequence[JournalEntry] = ()
         self._checkpoints = Checkpoints(
             self._journal, self._worker_group, self._enricher.origin, self._sinks
+        )
+        self._files = KeptFiles(
+            self._journal, self._worker_group, self._totals, self._sinks, self._checkpoints
         )
 
     def reset_after_fork(self) -> None:
@@ -123,11 +125,7 @@ class Processor:
             server: Of this process.
         """
         self.is_open, self.is_shared = True, server.is_shared
-        file = self._worker_group.join(self._enricher.origin, server)
-        self._checkpoints.own.file = file
-        self._journal.open(file)
-        for sink in self._sinks:
-            sink.attach(self._worker_group.spool(sink.name))
+        self._files.open(server)
         # An app that is dropped when all is processed leaves no journal and no server run.
         self._call_off()
         self._closing = when_collected(
@@ -148,8 +146,7 @@ class Processor:
             self._checkpoint()
             self.is_open = False
             self._call_off()
-            _close_journal(self._journal, self._totals)
-            self._checkpoints.release()
+            self._files.close()
             self._totals.close()
             self._worker_group.end()
         self._enricher.close()
@@ -202,7 +199,7 @@ class Processor:
 
     def _process(self, grace: float) -> None:
         self._enricher.maintain()
-        self._restoring.look()
+        self._files.look(self._unlocated)
         recovered = list(self._recover())
         waiting, self._unlocated = self._unlocated, []
         self._process_entries([*waiting, *recovered])
@@ -390,17 +387,8 @@ class Processor:
 
 
 def _let_go(journal: Journal, worker_group: WorkerGroup, totals: Totals) -> None:
-    _close_journal(journal, totals)
+    close_journal(journal, totals)
     worker_group.end()
-
-
-def _close_journal(journal: Journal, totals: Totals) -> None:
-    """Close the journal; it is removed if it is empty, otherwise left to be recovered."""
-    file = journal.file
-    if file is not None:
-        if file.is_empty():
-            totals.forget(file)
-        journal.close()
 
 
 def _slices(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

@@ -59,10 +59,19 @@ class WorkerGroup:
 
     def _start_anew(self) -> None:
         self._server_run: ServerRun | None = None
+        self._complaint: str | None = None
         self._group_due = self._dead_runs_due = 0.0
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this process has joined a server run."""
+        return self._server_run is not None
 
     def join(self, origin: Origin, server: Server) -> JournalFile | None:
         """Join the server run, share the totals with its workers, and make a journal file.
+
+        To be called again after it returned None: what it has done by then it does not do twice.
+        Blocks some seconds at most.
 
         Args:
             origin: This process.
@@ -74,20 +83,21 @@ class WorkerGroup:
         try:
             if self._state is None:
                 raise StateUnavailable("none is configured")
-            run = join_run(self._state, server, self._totals.key)
-            self._server_run = run
-            path = run.folder / TOTALS if server.is_shared else None
-            self._totals.share(path, is_alone=server.is_alone)
+            run = self._server_run
+            if run is None:
+                run = self._server_run = join_run(self._state, server, self._totals.key)
+                path = run.folder / TOTALS if server.is_shared else None
+                self._totals.share(path, is_alone=server.is_alone)
+            elif not run.folder.exists():
+                self.rejoin()
+            file = JournalFile.create(run.folder, origin)
         except (OSError, StateUnavailable) as error:
             self.complain(error)
-            if server.is_shared:
+            if server.is_shared and self._server_run is None:
                 self._totals.stay_alone()
             return None
-        try:
-            return JournalFile.create(run.folder, origin)
-        except OSError as error:
-            self.complain(error)
-            return None
+        self.take_back()
+        return file
 
     def spool(self, sink: str) -> Spool | None:
         """Return the spool of a sink, by its name; None if there is no place for one."""
@@ -154,11 +164,19 @@ class WorkerGroup:
             self._server_run.release()
             self._server_run.join()
 
+    def take_back(self) -> None:
+        """Note that there is a place again: the same reason is told once more if it is not."""
+        self._complaint = None
+
     def complain(self, error: Exception) -> None:
-        """Report that there is no place for what this process keeps on disk."""
+        """Report, once for each reason, that there is no place for what is kept on disk."""
         reason = str(error) if isinstance(error, StateUnavailable) else type(error).__name__
         if isinstance(error, OSError) and error.errno:
             reason = os.strerror(error.errno)
+        # Whoever tries again and again for the same reason has told so.
+        if reason == self._complaint:
+            return
+        self._complaint = reason
         self._faults.report(
             "state",
             f"no place for the state directory ({reason})",

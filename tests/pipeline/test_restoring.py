@@ -1,13 +1,16 @@
-"""A state directory that is removed, moved or cut while in use: what waits is on disk again."""
+"""A state directory that is of no use at first, or removed while in use: it is made when it can."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
+from helpers.front_door import samples
 from helpers.process import run_python
+from helpers.servers import Gunicorn
 
 APP = """
 import json, os, shutil, signal, sys, time
@@ -127,3 +130,90 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_cut_while_nothing_waits_costs_neither_the_process_nor_a_record(tmp_path: Path) -> None:
     done = run_python(APP + CUT, tmp_path, "cut", "")
     assert (done.returncode, done.stderr) == (-9, "")
+
+
+LATE = """
+import errno
+from flask_usage_metrics.pipeline.journal_file import JournalFile
+
+if how == "no folder":
+    state.write_text("in its place")
+else:
+    allocate = os.posix_fallocate
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    os.posix_fallocate = full
+for number in range(50):
+    client.get(f"/{number}")
+(folder / "down").touch()
+usage.flush(0.3)
+for number in range(50, 60):
+    client.get(f"/{number}")
+assert journaled() == 0
+if how == "no folder":
+    state.unlink()
+else:
+    os.posix_fallocate = allocate
+deadline = time.monotonic() + 10
+while journaled() != 1 and time.monotonic() < deadline:
+    time.sleep(0.1)
+assert journaled() == 1
+for number in range(60, 70):
+    client.get(f"/{number}")
+assert counted() == 70
+text = client.get("/metrics").text
+assert 'flask_usage_faults_total{part="state"} 1.0\\n' in text  # told once, tried more than once
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("waits", ["in the journal", "in the spool"])
+@pytest.mark.parametrize("how", ["no folder", "no room"])
+def test_what_had_no_place_at_first_is_on_disk_as_soon_as_there_is_one(
+    tmp_path: Path, how: str, waits: str
+) -> None:
+    done = run_python(APP + LATE, tmp_path, how, waits)
+    assert done.returncode == -9, done.stderr
+    done = run_python(APP + GO_ON.replace("< 61", "< 71"), tmp_path, how, waits)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == sorted(f"/{name}" for name in [*range(70), "last"])
+
+
+def test_workers_that_had_no_place_at_first_add_up_what_each_counted_alone(tmp_path: Path) -> None:
+    """Each answers for itself until then; in the end each record is in the sums exactly once."""
+
+    def scrape() -> tuple[float, float, float, float]:
+        text = server.get("/metrics")
+        (pid,) = samples(text, "pid").values()
+        (shared,) = samples(text, "flask_usage_totals_shared").values()
+        (journaled,) = samples(text, "flask_usage_journaled").values()
+        return shared, journaled, sum(samples(text, "flask_usage_requests_total").values()), pid
+
+    place = tmp_path / "state"
+    place.write_text("in its place")
+    with Gunicorn(tmp_path, "-w", "2") as server:
+        pids = {server.get() for _ in range(60)}
+        deadline = time.monotonic() + 10
+        alone: dict[float, float] = {}
+        while len(alone) < 2 and time.monotonic() < deadline:
+            shared, journaled, counted, pid = scrape()
+            assert (shared, journaled) == (0, 0)
+            alone[pid] = counted
+        assert len(pids) == 2
+        assert sum(alone.values()) == 60
+        place.unlink()
+        found: dict[float, tuple[float, float, float]] = {}
+        while set(found.values()) != {(1, 1, 60)} and time.monotonic() < deadline + 10:
+            *state, pid = scrape()
+            found[pid] = tuple(state)
+            time.sleep(0.05)
+        assert list(found.values()) == [(1, 1, 60)] * 2
+        for _ in range(20):
+            server.get()
+        time.sleep(1)
+        assert {scrape()[:3] for _ in range(20)} == {(1, 1, 80)}
+        for pid in server.workers():  # what they counted alone outlives them
+            server.kill(pid)
+        time.sleep(1)
+        assert {scrape()[:3] for _ in range(20)} == {(1, 1, 80)}
+    assert server.stored() == 80
