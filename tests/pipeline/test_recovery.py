@@ -71,8 +71,8 @@ SEAMS = {
 }
 
 def die_at(seam, names, many=False):
-    if seam == "captured":
-        Processor.process = lambda self, *_, **__: 0
+    # Nothing is processed before the seam is there.
+    process, Processor.process = Processor.process, lambda self, *_, **__: 0
     if seam == "half":  # the countries of some that others left are asked for, and never found
         enrich = Enricher.enrich
         def ask_on(self, seen, *rest):
@@ -83,6 +83,7 @@ def die_at(seam, names, many=False):
         ask("/" + name, many)
     SEAMS[seam]()
     if seam != "captured":
+        Processor.process = process
         usage.flush(1.0)
     os.kill(os.getpid(), signal.SIGKILL)
 
