@@ -26,7 +26,7 @@ from flask_usage_metrics.pipeline.processing import METRICS_SINK
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.key_files import find_key, make_key
 from flask_usage_metrics.runtime.private_files import StateUnavailable
-from flask_usage_metrics.runtime.state_dir import StateDir, default_places
+from flask_usage_metrics.runtime.state_dir import StateDir, default_place
 from flask_usage_metrics.storage import Storage, Writer, as_writer
 
 if TYPE_CHECKING:
@@ -110,12 +110,10 @@ def make_sinks(
 
 def make_state_dir(app: Flask, settings: Settings) -> StateDir:
     """Return where the app's processes keep what they share."""
-    places = (
-        default_places(Path(app.instance_path))
-        if settings.state_dir is None
-        else [Path(settings.state_dir)]
-    )
-    return StateDir(places, f"{app.name} {app.import_name} {app.root_path}")
+    name = f"{app.name} {app.import_name} {app.root_path}"
+    if settings.state_dir is None:
+        return StateDir([default_place(Path(app.instance_path))], name, or_temporary=True)
+    return StateDir([Path(settings.state_dir)], name)
 
 
 class Visitors(NamedTuple):

@@ -55,7 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         flush_seconds: Seconds a record waits for others to be written with.
         inline: Whether a request waits until its record is written.
         state_dir: Where the app's processes keep what they share; None: see
-            `state_dir.default_places`.
+            `state_dir.default_place`.
         spool_bytes: What may wait on disk for each storage that is down.
         retention_days: How many days records are kept; None: for ever.
     """

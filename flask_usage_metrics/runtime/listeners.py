@@ -50,18 +50,21 @@ def listeners() -> list[Listener]:
     return found
 
 
-def has_one_of(pid: int, inodes: set[int]) -> bool:
-    """Tell whether a process has one of some sockets open; also if that cannot be known.
+def has_one_of(pid: int, inodes: set[int]) -> bool | None:
+    """Tell whether a process has one of some sockets open.
 
     Args:
         pid: Id of the process.
         inodes: Of the sockets.
+
+    Returns:
+        None if that cannot be known: it is another user's, or the system does not list it.
     """
     names = {f"socket:[{inode}]" for inode in inodes}
     try:
         descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
-    except OSError:  # it is another user's, or there is no such list
-        return True
+    except OSError:
+        return None
     for descriptor in descriptors:
         with suppress(OSError):  # it was closed meanwhile
             if os.readlink(descriptor) in names:  # noqa: PTH115 - it is no path

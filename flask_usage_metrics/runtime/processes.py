@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+_FORKED = 0x40
+"""The flag PF_FORKNOEXEC of proc(5), field 9."""
+
 
 def system_name() -> str:
     """Return a text that names this boot of this machine, and the namespaces of this container.
@@ -29,6 +32,15 @@ def started(pid: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]
+
+
+def is_fork() -> bool:
+    """Tell whether this process is a copy of its parent that has run no program since."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return bool(int(fields[6]) & _FORKED)
 
 
 def is_alive(pid: int, since: str) -> bool:

@@ -77,6 +77,11 @@ class RunNote(NamedTuple):
         """Tell whether both are of workers of one server."""
         return self.is_like(other) and not {*self.names}.isdisjoint(other.names)
 
+    def is_of_master(self, other: RunNote) -> bool:
+        """Tell whether one process starts the workers of both."""
+        starters = (self.starter, self.since), (other.starter, other.since)
+        return self.is_like(other) and starters[0] == starters[1] and bool(self.since)
+
     def is_foreign(self) -> bool:
         """Tell whether its process ids are not of this system, so that nobody knows who lives."""
         return self.system not in ("", digest(system_name()))

@@ -120,7 +120,10 @@ def join_run(state: StateDir, server: Server, key: str) -> ServerRun:
     home = state.home()
     note = RunNote.of(server, key)
     with _one_by_one(home):
-        found = [folder for folder, known in living_runs(state.homes()) if known.is_of(note)]
+        living = living_runs(state.homes())
+        found = [folder for folder, known in living if known.is_of(note)]
+        if not found and server.has_master:
+            found = [folder for folder, known in living if known.is_of_master(note)]
         run = ServerRun(found[0] if found else home / f"g-{digest(repr(note))}", note)
         run.join()
     return run

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from flask_usage_metrics.runtime.listeners import Listener, has_one_of, listeners
-from flask_usage_metrics.runtime.processes import started
+from flask_usage_metrics.runtime.listeners import has_one_of, listeners
+from flask_usage_metrics.runtime.processes import is_fork, started
 
 
 class Server(NamedTuple):
@@ -18,12 +18,15 @@ class Server(NamedTuple):
         starter: Id of the process that starts its workers: their parent, or the only one itself.
         is_shared: Whether it has an address, or other processes, so that its totals are looked for.
         is_alone: Whether it is known that no other process has a name in common with this one.
+        has_master: Whether the starter has the listening sockets of this process: all that it
+            starts are workers of one server, also where a reload gives them another address.
     """
 
     names: frozenset[str]
     starter: int
     is_shared: bool = True
     is_alone: bool = False
+    has_master: bool = False
 
 
 def this_server(*, multiprocess: bool) -> Server:
@@ -47,21 +50,18 @@ def this_server(*, multiprocess: bool) -> Server:
         own = f"{parent} {started(parent)} {group}" if multiprocess else os.urandom(8).hex()
         names = frozenset([own])
     is_shared = bool(found) or multiprocess
-    starter = parent if is_shared and _is_started_by(parent, found) else os.getpid()
-    return Server(names, starter, is_shared, starter == os.getpid() and not multiprocess)
+    if not is_shared or not _may_start_others(parent):
+        return Server(names, os.getpid(), is_shared, is_alone=not multiprocess)
+    holds = has_one_of(parent, {listener.inode for listener in found}) if found else None
+    if holds is None:  # a master of root's may be known from that this process is a copy of it
+        return Server(names, parent, is_shared, has_master=bool(found) and is_fork())
+    if holds or any(listener.is_one_of_several for listener in found):
+        return Server(names, parent, is_shared, has_master=holds)
+    return Server(names, os.getpid(), is_shared, is_alone=not multiprocess)
 
 
-def _is_started_by(parent: int, found: list[Listener]) -> bool:
-    """Tell whether this process is a worker that its parent would replace by another one.
-
-    Args:
-        parent: Id of the parent.
-        found: Listening sockets of this process.
-    """
+def _may_start_others(parent: int) -> bool:
+    """Tell whether a parent might replace this process by another one of the same server."""
     # What leads its group was started by a supervisor or a shell, which would start it in another;
     # a worker stays in that of its server. A parent outside of the container has the id 0.
-    if os.getpgid(0) == os.getpid() or parent <= 0:
-        return False
-    if not found or any(listener.is_one_of_several for listener in found):
-        return True
-    return has_one_of(parent, {listener.inode for listener in found})
+    return os.getpgid(0) != os.getpid() and parent > 0

@@ -24,15 +24,26 @@ class StateDir:
     Args:
         places: Folders, in order of preference.
         app: Text that no other app in the same place has.
+        or_temporary: Whether the last place is a folder of this user among the system's temporary
+            files.
 
     Attributes:
         name: Of the app's folder.
     """
 
-    def __init__(self, places: Sequence[Path], app: str) -> None:
-        self.places = tuple(places)
+    def __init__(self, places: Sequence[Path], app: str, *, or_temporary: bool = False) -> None:
+        self._places = tuple(places)
+        self._or_temporary = or_temporary
         slug = re.sub(r"[^A-Za-z0-9]+", "-", app)[:24].strip("-") or "app"
         self.name = f"{slug}-{digest(app)}"
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Return the places, the same in each process of this user.
+
+        A worker may be another user's than the process in which the app was set up.
+        """
+        return (*self._places, *([temporary_place()] if self._or_temporary else []))
 
     def home(self) -> Path:
         """Return the app's folder, made if need be, for this user only.
@@ -60,18 +71,19 @@ class StateDir:
                 yield home
 
 
-def default_places(instance: Path) -> list[Path]:
+def default_place(instance: Path) -> Path:
     """Return where state is kept unless configured, for all processes of an app the same.
 
-    In the instance folder, or, where that cannot be made or written, in a folder of this user among
-    the system's temporary files. It does not matter whether the instance folder exists now: some
-    workers may start before it does, and others later.
+    It does not matter whether the instance folder exists now: some workers may start before it
+    does, and others later.
     """
-    user = os.getuid() if hasattr(os, "getuid") else ""
-    return [
-        instance / "usage-state",
-        Path(tempfile.gettempdir(), f"flask-usage-metrics-{user}"),
-    ]
+    return instance / "usage-state"
+
+
+def temporary_place() -> Path:
+    """Return where state is kept if the default place cannot be made or written."""
+    user = os.geteuid() if hasattr(os, "geteuid") else ""
+    return Path(tempfile.gettempdir(), f"flask-usage-metrics-{user}")
 
 
 def digest(text: str) -> str:

@@ -88,7 +88,8 @@ from flask_usage_metrics.runtime.servers import this_server
 if sys.argv[1:]:
     kept = socket.socket(fileno=int(sys.argv[1]))
 server = this_server(multiprocess=False)
-print(" ".join(sorted(server.names)), server.starter == os.getppid(), server.is_shared, sep="|")
+of_parent = server.starter == os.getppid()
+print(" ".join(server.names), of_parent, server.is_shared, server.has_master, sep="|")
 """
 
 
@@ -111,16 +112,43 @@ def test_a_parent_that_listens_too_would_start_another(
         pass_fds=[descriptor] if inherits else [],
         start_new_session=leads,
     )
-    names, of_parent, is_shared = done.stdout.strip().split("|")
+    names, of_parent, is_shared, has_master = done.stdout.strip().split("|")
     assert (names == "{} {}".format(*listening.getsockname())) == inherits
     assert of_parent == str(is_of_parent)
     assert is_shared == "True"
+    assert has_master == of_parent
+
+
+FORKED = """
+import os, socket
+from pathlib import Path
+from flask_usage_metrics.runtime.servers import this_server
+
+def fail(*_):
+    raise PermissionError("it is root's")
+
+one = socket.create_server(("127.0.0.1", 0))
+listing = Path.iterdir
+Path.iterdir = lambda path: fail() if path.parts[:2] == ("/", "proc") else listing(path)
+print(this_server(multiprocess=False).has_master, flush=True)
+if not os.fork():
+    server = this_server(multiprocess=False)
+    print(server.has_master, server.starter == os.getppid(), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_a_copy_of_a_parent_whose_sockets_cannot_be_seen_is_its_worker() -> None:
+    assert run_python(FORKED).stdout.split() == ["False", "True", "True"]
 
 
 def test_without_listeners_a_process_is_alone_unless_the_server_says_otherwise() -> None:
     code = CHILD + "print(len({this_server(multiprocess=False).names for _ in range(9)}))"
     done = run_python(code)
-    assert done.stdout.split("|")[2].split() == ["False", "9"]
+    assert done.stdout.split("|")[2] == "False"
+    assert done.stdout.split("|")[3].split() == ["False", "9"]
     code = CHILD.replace("multiprocess=False", "multiprocess=True")
     (first, *_), (second, *_), (other, *_) = (
         run_python(code, start_new_session=leads).stdout.split("|")

@@ -221,6 +221,16 @@ def test_a_run_goes_on_while_the_process_lives_that_starts_its_members(tmp_path:
     assert join_run(state, server, "key").folder == first.folder
 
 
+@pytest.mark.parametrize("has_master", [True, False])
+def test_another_address_of_one_master_is_the_same_server(tmp_path: Path, has_master: bool) -> None:
+    state = StateDir([tmp_path / "place"], "shop")
+    first, second = (
+        join_run(state, Server(frozenset([name]), os.getppid(), has_master=has_master), "key")
+        for name in "ab"
+    )
+    assert (first.folder == second.folder) == has_master
+
+
 def test_a_held_lock_keeps_nobody_from_joining(tmp_path: Path) -> None:
     state = StateDir([tmp_path / "place"], "shop")
     script = (

@@ -16,7 +16,7 @@ from flask_usage_metrics.runtime.private_files import (
 from flask_usage_metrics.runtime.run_notes import RunNote
 from flask_usage_metrics.runtime.server_runs import ServerRun, dead_runs, join_run, remove_run
 from flask_usage_metrics.runtime.servers import Server
-from flask_usage_metrics.runtime.state_dir import StateDir, default_places
+from flask_usage_metrics.runtime.state_dir import StateDir, default_place
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 STRANGER = 12345
@@ -165,9 +165,22 @@ def test_the_place_does_not_depend_on_what_exists_now(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     temporary = tmp_path / "tmp" / f"flask-usage-metrics-{os.getuid()}"
     instance = tmp_path / "instance"
-    before = default_places(instance)
+    state = StateDir([default_place(instance)], "shop", or_temporary=True)
+    before = state.places
     instance.mkdir()
-    assert before == default_places(instance) == [instance / "usage-state", temporary]
+    assert before == state.places == (instance / "usage-state", temporary)
+
+
+@as_root
+def test_a_worker_of_another_user_has_a_place_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "file").touch()
+    state = StateDir([default_place(tmp_path / "file")], "shop", or_temporary=True)
+    assert state.home().parent == tmp_path / f"flask-usage-metrics-{os.getuid()}"
+    monkeypatch.setattr("os.geteuid", lambda: STRANGER)  # set-up is not told of it
+    assert state.places[1] == tmp_path / f"flask-usage-metrics-{STRANGER}"
 
 
 # ------------------------------------------------------------------------ runs
