@@ -64,7 +64,8 @@ class WorkerThread:
         """Forget the parent's thread, which a forked child does not have."""
         self.is_awake = False
         # A queue, as a finalizer may put to it whatever lock the thread holds that it interrupts.
-        self._bell: SimpleQueue[None] = SimpleQueue()
+        # It keeps alive who rang until the thread has found it.
+        self._bell: SimpleQueue[object] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._is_to_end = False
         self._lock = threading.Lock()
@@ -79,8 +80,8 @@ class WorkerThread:
         with self._lock:
             self.is_awake = True
             self._is_to_end = False
+            self._bell.put((work, owner))
             if self._thread is not None:
-                self.ring()
                 return
             thread = threading.Thread(
                 target=self._run,
@@ -118,11 +119,13 @@ class WorkerThread:
             thread.join(timeout)
 
     def _run(self, find_work: ref[Work], find_owner: ref[object]) -> None:
+        rung = self._sleep(0.0)
         while (work := find_work()) is not None and (owner := find_owner()) is not None:
+            rung.clear()
             seconds = self._work(work)
             del work, owner
-            is_rung = self._sleep(seconds)
-            if is_rung and not self._is_to_end:
+            rung = self._sleep(seconds)
+            if rung and not self._is_to_end:
                 continue
             if (work := find_work()) is None:
                 return
@@ -156,13 +159,14 @@ class WorkerThread:
         due = work.due_in()
         return self._idle_seconds if due is None else max(due, 0.0) + 0.1
 
-    def _sleep(self, seconds: float) -> bool:
-        """Wait until somebody rings; return whether somebody did in time."""
+    def _sleep(self, seconds: float) -> list[object]:
+        """Wait until somebody rings; return who did, empty if nobody in time."""
+        rung: list[object] = []
         try:
-            self._bell.get(timeout=seconds)
+            rung.append(self._bell.get(timeout=seconds))
         except Empty:
-            return False
+            return rung
         with suppress(Empty):  # it may have been rung more than once
             while True:
-                self._bell.get_nowait()
-        return True
+                rung.append(self._bell.get_nowait())
+        return rung

@@ -31,9 +31,9 @@ class Storage(Writer):
             in an app those of its histogram, set when the app is set up.
         pseudonyms: Returns the pseudonyms a user's records may be kept under instead of the name,
             set when the app is set up; None: there are none.
-        is_of_app: Whether an app of this process writes here, set when the app is set up. Then what
-            is not there yet holds no records; else to read it is an error, as its name may be
-            wrong.
+        is_of_app: Whether this process writes here, set when an app is set up with it, and by
+            `write`. Then what is not there yet holds no records; else to read it is an error, as
+            its name may be wrong.
     """
 
     bounds: Sequence[float] = BUCKETS

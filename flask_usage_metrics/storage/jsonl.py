@@ -75,6 +75,7 @@ class JSONLinesStorage(Storage):
             StorageUnavailable: The file cannot be opened or written now, or the disk is full.
             Exception: A record cannot be kept as JSON; nothing was written.
         """
+        self.is_of_app = True
         if not batch:
             return
         for record in batch:

@@ -37,7 +37,9 @@ class TestContract(StorageContract):
 
     @pytest.fixture
     def storage(self, file: Path) -> JSONLinesStorage:
-        return JSONLinesStorage(file)
+        storage = JSONLinesStorage(file)
+        storage.is_of_app = True
+        return storage
 
 
 def test_a_line_is_one_record_by_its_field_names(storage: JSONLinesStorage, file: Path) -> None:

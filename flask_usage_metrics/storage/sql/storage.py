@@ -169,6 +169,7 @@ class SQLStorage(Storage):
                 be created or upgraded; nothing was written.
             Exception: A record holds a value the database cannot keep; nothing was written.
         """
+        self.is_of_app = True
         if not batch:
             return
         columns = to_columns(batch)
