@@ -78,6 +78,7 @@ class SharedTotals:
         self.merged: dict[SeriesKey, Numbers] = {}
         self.exemplars: dict[SeriesKey, BucketExemplars] = {}
         self.workers: dict[int, Gauges] = {}
+        self._forgotten: set[str] = set()
         self._state = State()
         self._pid = os.getpid()
 
@@ -218,12 +219,11 @@ class SharedTotals:
     # ------------------------------------------------------------------------ leaving
 
     def forget(self, journals: Iterable[str]) -> None:
-        """Delete the commits of journals that are gone; best effort, never raises."""
-        with suppress(*_UNUSABLE), self._transaction() as (connection, _):
-            tables.delete_commits(connection, journals)
+        """Delete the commits of journals that are gone, in the next transaction."""
+        self._forgotten.update(journals)
 
     def release(self) -> None:
-        """Take this process's gauges out of the file and close it."""
+        """Take this process's gauges out of the file and close it; best effort, never raises."""
         with suppress(*_UNUSABLE), self._transaction() as (connection, _):
             tables.delete_workers(connection, [self._pid])
         self._update_copy()  # nobody else may know what was added last
@@ -255,7 +255,9 @@ class SharedTotals:
                     raise ValueError("an earlier state")
             elif known.lineage:
                 state = self._add_what_was_lost(connection, state)
+            tables.delete_commits(connection, self._forgotten)
             yield connection, state
+        self._forgotten.clear()
 
     def _shown(self, lineage: bytes) -> int:
         """Return the number of the last change of a history that somebody has shown, if known."""

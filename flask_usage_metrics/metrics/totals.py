@@ -38,6 +38,10 @@ from flask_usage_metrics.runtime.state_dir import StateDir
 
 _LOCK_SECONDS = 5.0
 _QUICK_SECONDS = 0.5
+_FRESH_SECONDS = 0.1
+"""Seconds after a sync in which there is no need of another if there is nothing to tell: workers
+that end at once would wait for each other."""
+
 _PAUSE_SECONDS = 1.0
 """Seconds after a sync that failed, and took longer than the above, before the next."""
 
@@ -93,7 +97,8 @@ class Totals:
         """Start at zero: the parent process keeps counting its own."""
         self._file: SharedTotals | None = None
         self._is_shared, self._is_alone = True, False
-        self._retry_at = 0.0
+        self._retry_at = self._synced_at = 0.0
+        self._told: Gauges | None = None
         self._workers: list[int] = []
         self._lock = threading.Lock()
         self._counts = Counts(self.shape)
@@ -198,12 +203,24 @@ class Totals:
             self._onlooker = None
 
     def sync(self) -> None:
-        """Sync with the shared file, if there is one; never raises, and a later sync tries again.
+        """Sync with the shared file, if there is need; never raises, and a later sync tries again.
 
         Blocks for a second at most, once in two seconds, while the file is locked.
         """
         with self._lock:
-            self._sync()
+            self._sync_if_need()
+
+    def _sync_if_need(self) -> None:
+        if monotonic() < self._synced_at + _FRESH_SECONDS:
+            self._update()
+            is_dirty = any(table.dirty for table in self._counts.tables.values())
+            if (
+                not is_dirty
+                and not self._commits
+                and read_gauges(list(self._sources)) == self._told
+            ):
+                return
+        self._sync()
 
     def last_commit(self, journal: CountedJournal) -> int | None:
         """Return the number of the last commit of a recovered journal that was counted.
@@ -214,10 +231,13 @@ class Totals:
         number = None
         with self._lock:
             if self._file is not None:
+                began = monotonic()
+                if began < self._retry_at:
+                    return None
                 try:
                     number = self._file.last_commit(journal.id)
                 except (sqlite3.Error, OSError, StateUnavailable) as error:
-                    self._complain(error)
+                    self._miss(error, began)
                     return None
         if number is None:  # of another server run, or of a process that was alone
             return journal.committed
@@ -235,8 +255,13 @@ class Totals:
         """Add all unshared numbers to the shared file and close it."""
         with self._lock:
             if self._file is not None:
-                self._sync()
-                self._file.release()
+                self._sync_if_need()
+                self._synced_at = 0.0
+                # Nobody waits twice for who holds the file: the others see when this process ends.
+                if monotonic() < self._retry_at:
+                    self._file.close()
+                else:
+                    self._file.release()
 
     def _sync(self, *, is_scrape: bool = False) -> bool:
         """Sync with the shared file; return whether all that was counted here is in it now."""
@@ -260,11 +285,9 @@ class Totals:
         try:
             changes = self._file.sync(new, commits, gauges, exemplars, is_scrape=is_scrape)
         except (sqlite3.Error, OSError, StateUnavailable) as error:
-            self._complain(error)
-            if monotonic() > began + _QUICK_SECONDS:
-                self._retry_at = monotonic() + _PAUSE_SECONDS
+            self._miss(error, began)
             return False
-        self._is_shared = True
+        self._is_shared, self._told, self._synced_at = True, gauges, monotonic()
         for table in tables.values():
             table.clear_new()
         self._note_commits()
@@ -306,8 +329,11 @@ class Totals:
             self._faults.remove(faults)
             self._counts.forget(faults)
 
-    def _complain(self, error: Exception) -> None:
+    def _miss(self, error: Exception, began: float) -> None:
+        """Report that the shared file could not be used, and leave it alone if it is locked."""
         self._is_shared = False
+        if monotonic() > began + _QUICK_SECONDS:
+            self._retry_at = monotonic() + _PAUSE_SECONDS
         if self._faults:
             self._faults[0].report("totals", error, "workers are added together later")
 
