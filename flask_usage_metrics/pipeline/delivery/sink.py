@@ -45,6 +45,10 @@ Accepts = Callable[[Observation], bool]
 and says the same each time it is asked of an observation, also in another process."""
 
 
+_RINGS = 4
+"""Rings that a busy thread may find, at most."""
+
+
 class Sink:
     """Takes records, and delivers them to a storage from a thread of its own; for any thread.
 
@@ -102,7 +106,8 @@ class Sink:
         # reported for taking too long.
         self._called_at = self._silence_told = inf
         self._thread: threading.Thread | None = None
-        self._bell: SimpleQueue[None] = SimpleQueue()
+        # It keeps alive who rang until the thread has found it.
+        self._bell: SimpleQueue[object] = SimpleQueue()
         finalize(self, self._bell.put, None).atexit = False
         self._backoff = Backoff()
         self._idle_at = self._recover_at = 0.0
@@ -178,8 +183,8 @@ class Sink:
             if self._recover_at == inf:
                 self._recover_at = 0.0
         if records:
-            if self._bell.empty():
-                self._bell.put(None)
+            if self._bell.qsize() < _RINGS:
+                self._bell.put(self)
             self.start()
 
     def is_free(self, timeout: float) -> bool:
@@ -406,14 +411,16 @@ class Sink:
         self._faults.report(f"sink {self.name}", error, consequence)
 
 
-def _run(find: ref[Sink], bell: SimpleQueue[None]) -> None:
+def _run(find: ref[Sink], bell: SimpleQueue[object]) -> None:
     """Have a sink served until it needs no thread any more, or is gone."""
+    rung: list[object] = []
     while (sink := find()) is not None:
+        rung.clear()
         seconds = sink.serve()
         if seconds is None:
             return
         del sink
         with suppress(Empty):
-            bell.get(timeout=seconds)
+            rung.append(bell.get(timeout=seconds))
             while True:  # it may have been rung more than once
-                bell.get_nowait()
+                rung.append(bell.get_nowait())
