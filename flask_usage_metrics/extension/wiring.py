@@ -125,6 +125,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
             collector.totals.state,
             key,
             totals=collector.totals,
+            app_metrics=collector.app_metrics,
             spool_bytes=settings.spool_bytes,
             faults=faults,
         ),

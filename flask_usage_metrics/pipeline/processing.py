@@ -190,7 +190,7 @@ class Processor:
     def _checkpoint(self) -> None:
         for sink in self._sinks:
             sink.notice_silence()
-        self._totals.sync()
+        self._worker_group.sync()
         self._checkpoints.checkpoint(self._unlocated)
         if self._journal.fullness() > _SPILL_FULLNESS:
             for sink in self._sinks:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 
+from flask_usage_metrics.metrics.shared_app_metrics import SharedAppMetrics
 from flask_usage_metrics.metrics.totals import Totals
 from flask_usage_metrics.pipeline.delivery.spool import Spool
 from flask_usage_metrics.pipeline.journal_file import JournalFile
@@ -16,6 +17,7 @@ from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.server_runs import (
+    APP_METRICS,
     TOTALS,
     ServerRun,
     dead_runs,
@@ -36,6 +38,7 @@ class WorkerGroup:
         state: Where the app's processes keep what they share; None: nowhere.
         app: Name of the app, which no other on the same registry has.
         totals: Shared with the other workers.
+        app_metrics: Likewise.
         spool_bytes: Size of what may wait on disk for each sink, at most.
         faults: Where it is reported that there is no place for what is shared.
     """
@@ -46,6 +49,7 @@ class WorkerGroup:
         app: str,
         *,
         totals: Totals,
+        app_metrics: SharedAppMetrics,
         spool_bytes: int,
         faults: Faults,
     ) -> None:
@@ -53,6 +57,7 @@ class WorkerGroup:
         self._spool_bytes = spool_bytes
         self._state = state
         self._totals = totals
+        self._app_metrics = app_metrics
         self._faults = faults
         self._start_anew()
         FORKS.register(self)
@@ -60,6 +65,7 @@ class WorkerGroup:
     def _start_anew(self) -> None:
         self._server_run: ServerRun | None = None
         self._complaint: str | None = None
+        self._shares_app_metrics = False
         self._group_due = self._dead_runs_due = 0.0
 
     @property
@@ -88,6 +94,14 @@ class WorkerGroup:
                 run = self._server_run = join_run(self._state, server, self._totals.key)
                 path = run.folder / TOTALS if server.is_shared else None
                 self._totals.share(path, is_alone=server.is_alone)
+                if server.is_shared:
+                    self._shares_app_metrics = True
+                    self._app_metrics.share(
+                        run.folder / APP_METRICS,
+                        is_alone=server.is_alone,
+                        is_several=server.is_multiprocess,
+                        faults=self._faults,
+                    )
             elif not run.folder.exists():
                 self.rejoin()
             file = JournalFile.create(run.folder, origin)
@@ -98,6 +112,12 @@ class WorkerGroup:
             return None
         self.take_back()
         return file
+
+    def sync(self) -> None:
+        """Sync the totals and the app's own metrics with the other workers; never raises."""
+        self._totals.sync()
+        if self._shares_app_metrics:
+            self._app_metrics.sync()
 
     def spool(self, sink: str) -> Spool | None:
         """Return the spool of a sink, by its name; None if there is no place for one."""
@@ -126,7 +146,9 @@ class WorkerGroup:
                 remove_run(folder)
 
     def end(self) -> None:
-        """Leave the server run, and remove it if nobody needs it; all files in it are closed."""
+        """Leave the server run, and remove it if nobody needs it; its other files are closed."""
+        if self._shares_app_metrics:
+            self._app_metrics.leave()
         if self._server_run is not None:
             self._server_run.end()
         self._start_anew()

@@ -31,6 +31,9 @@ LOCK = "lock"
 TOTALS = "totals.sqlite3"
 """Name of the file in which the members add their totals together."""
 
+APP_METRICS = "app-metrics.sqlite3"
+"""Name of the file in which they share the app's own metrics."""
+
 _LOCK_SECONDS = 1.0
 """How long a process waits to become a member: who looks for dead runs holds the lock for less than
 a millisecond, unless it is stopped meanwhile."""
@@ -44,7 +47,9 @@ _FOREIGN_SECONDS = 600.0
 somebody there would start more cannot be seen from here."""
 
 _RUN = re.compile(r"g-[0-9a-f]{16}")
-_OWN_FILE = re.compile(r"lock|totals(-copy)?\.sqlite3(-wal|-shm|-journal)?|[0-9a-f]{16}\.journal")
+_OWN_FILE = re.compile(
+    r"lock|(totals(-copy)?|app-metrics)\.sqlite3(-wal|-shm|-journal)?|[0-9a-f]{16}\.journal"
+)
 
 
 class ServerRun:

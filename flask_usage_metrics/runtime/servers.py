@@ -20,6 +20,7 @@ class Server(NamedTuple):
         is_alone: Whether it is known that no other process has a name in common with this one.
         has_master: Whether the starter has the listening sockets of this process: all that it
             starts are workers of one server, also where a reload gives them another address.
+        is_multiprocess: Whether the server says that it has several processes.
     """
 
     names: frozenset[str]
@@ -27,6 +28,7 @@ class Server(NamedTuple):
     is_shared: bool = True
     is_alone: bool = False
     has_master: bool = False
+    is_multiprocess: bool = False
 
 
 def this_server(*, multiprocess: bool) -> Server:
@@ -51,13 +53,23 @@ def this_server(*, multiprocess: bool) -> Server:
         names = frozenset([own])
     is_shared = bool(found) or multiprocess
     if not is_shared or not _may_start_others(parent):
-        return Server(names, os.getpid(), is_shared, is_alone=not multiprocess)
+        return Server(
+            names, os.getpid(), is_shared, is_alone=not multiprocess, is_multiprocess=multiprocess
+        )
     holds = has_one_of(parent, {listener.inode for listener in found}) if found else None
     if holds is None:  # a master of root's may be known from that this process is a copy of it
-        return Server(names, parent, is_shared, has_master=bool(found) and is_fork())
+        return Server(
+            names,
+            parent,
+            is_shared,
+            has_master=bool(found) and is_fork(),
+            is_multiprocess=multiprocess,
+        )
     if holds or any(listener.is_one_of_several for listener in found):
-        return Server(names, parent, is_shared, has_master=holds)
-    return Server(names, os.getpid(), is_shared, is_alone=not multiprocess)
+        return Server(names, parent, is_shared, has_master=holds, is_multiprocess=multiprocess)
+    return Server(
+        names, os.getpid(), is_shared, is_alone=not multiprocess, is_multiprocess=multiprocess
+    )
 
 
 def _may_start_others(parent: int) -> bool:

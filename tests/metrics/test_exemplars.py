@@ -30,6 +30,7 @@ from flask_usage_metrics import TrackUsage, UsageRecord, open_storage
 from flask_usage_metrics.metrics.exposition.collector import UsageCollector, collector_of
 from flask_usage_metrics.metrics.exposition.text import blocks_of, encode
 from flask_usage_metrics.metrics.shape import Shape
+from flask_usage_metrics.metrics.shared_app_metrics import SharedAppMetrics
 from flask_usage_metrics.metrics.totals import Totals
 from flask_usage_metrics.storage import Storage
 
@@ -213,7 +214,7 @@ def test_any_exporter_of_the_registry_sees_them(totals: Totals) -> None:
     add(totals, traced(7, endpoint="c"), traced(8, status=404))
     totals.add([traced(9, endpoint="none")], {})
     registry = CollectorRegistry()
-    registry.register(UsageCollector(totals))
+    registry.register(UsageCollector(totals, SharedAppMetrics(registry)))
     ours = expose(totals)
     assert len(ours) == 15 + 6 + 2
     assert found(generate_openmetrics(registry).decode()) == ours

@@ -30,6 +30,7 @@ from flask_usage_metrics.metrics.exposition.text import blocks_of, compress, enc
 from flask_usage_metrics.metrics.families import BLOCK
 from flask_usage_metrics.metrics.names import DESCRIPTIONS, REQUEST_LABELS
 from flask_usage_metrics.metrics.shape import Shape
+from flask_usage_metrics.metrics.shared_app_metrics import SharedAppMetrics
 from flask_usage_metrics.metrics.totals import Totals
 
 PROMETHEUS = (
@@ -171,7 +172,7 @@ class TestManySeries:
 
     def test_gzip_says_the_same_whatever_changed(self, totals: Totals) -> None:
         registry = CollectorRegistry()
-        registry.register(UsageCollector(totals))
+        registry.register(UsageCollector(totals, SharedAppMetrics(registry)))
         chance = random.Random(1)
         for step in range(6):
             for openmetrics in (step % 3 == 0, False, True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -30,27 +30,32 @@ class ReadableRegistry(Protocol):
 
 
 def merged_registry(
-    registry: CollectorRegistry, files: MultiprocessFiles | None, pids: Sequence[int]
+    registry: CollectorRegistry,
+    files: MultiprocessFiles | None,
+    pids: Sequence[int],
+    shared: Mapping[str, Metric] = {},
 ) -> ReadableRegistry:
     """Return a registry as all workers together see it.
 
-    A family that is in the files is taken from there only: the registry's own holds the part of
-    this process. Custom collectors, `Info` and `Enum` have no files and stay this process' own.
+    A family that is shared or in the files is taken from there only: the registry's own holds the
+    part of this process. Custom collectors are this process' own, and so are `Info` and `Enum` in
+    client_python's multiprocess mode, as they have no files.
     With several workers the default ``process_*`` families are replaced by those of
     `process_metrics`, and ``python_gc_*``, which says nothing when each scrape meets another
     process, is left out. Whatever is not in the registry is not added, except from the files.
 
     Args:
         registry: Of this process.
-        files: The metrics that the workers share; None: they share none.
+        files: Those of client_python's multiprocess mode; None: it is not in force.
         pids: Of all live workers, this one among them; may be empty when unknown.
+        shared: The families that the workers share without it, by name.
 
     Returns:
         The registry itself when there is nothing to merge.
     """
-    if files is None and len(pids) < 2:
+    if files is None and len(pids) < 2 and not shared:
         return registry
-    return _MergedRegistry(registry, files, pids)
+    return _MergedRegistry(registry, files, pids, shared)
 
 
 def process_metrics(pids: Iterable[int]) -> Iterator[Metric]:
@@ -88,11 +93,16 @@ class _MergedRegistry:
     """A registry of this process, merged with the files and processes of all workers."""
 
     def __init__(
-        self, registry: CollectorRegistry, files: MultiprocessFiles | None, pids: Sequence[int]
+        self,
+        registry: CollectorRegistry,
+        files: MultiprocessFiles | None,
+        pids: Sequence[int],
+        shared: Mapping[str, Metric],
     ) -> None:
         self._registry = registry
         self._files = files
         self._pids = pids
+        self._shared = shared
 
     def collect(self) -> Iterator[Metric]:
         return self._merge(self._registry)
@@ -111,6 +121,8 @@ class _MergedRegistry:
 
     def _merge(self, registry: Collector) -> Iterator[Metric]:
         merged = {} if self._files is None else {m.name: m for m in self._files.collect()}
+        shared = self._shared
+        seen: set[str] = set()
         several = len(self._pids) > 1
         processes: dict[str, Metric] | None = None
         for metric in self._until_failure(registry):
@@ -121,7 +133,10 @@ class _MergedRegistry:
                 if processes is None:
                     processes = {metric.name: metric for metric in process_metrics(self._pids)}
                 metric = processes.get(name, metric)
-            yield metric
+            seen.add(name)
+            yield shared.get(name, metric)
+        # Those that no request has made in this process yet.
+        yield from (metric for name, metric in shared.items() if name not in seen)
         yield from merged.values()
 
     def _until_failure(self, registry: Collector) -> Iterator[Metric]:

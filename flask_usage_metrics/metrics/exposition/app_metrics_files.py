@@ -6,7 +6,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.faults import Faults, reason_of
 from flask_usage_metrics.runtime.texts import encodable
 
 _VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -48,7 +48,7 @@ class MultiprocessFiles(Collector):
     Differences to `prometheus_client.multiprocess.MultiProcessCollector`:
 
     - A file that is empty, cut short, damaged, unreadable or not client_python's is left out and
-      reported; there, one such file fails every scrape, and some make it run for ever.
+      reported once; there, one such file fails every scrape, and some make it run for ever.
     - Live gauges of processes that have ended are left out although nobody called
       `mark_process_dead`. What else such processes have counted is kept.
     - A character that cannot be encoded (a lone surrogate) is written as an escape.
@@ -64,6 +64,7 @@ class MultiprocessFiles(Collector):
     def __init__(self, folder: str, faults: Faults) -> None:
         self._folder = Path(folder)
         self._faults = faults
+        self._left_out: dict[str, str] = {}
         # client_python chooses for good when it is first imported.
         if not getattr(values.ValueClass, "_multiprocess", True):
             self.report(
@@ -74,10 +75,11 @@ class MultiprocessFiles(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the families of all files; never fails."""
         merge = _Merge()
+        left_out, self._left_out = self._left_out, {}
         for name in self._names():
             match = _FILE.fullmatch(name)
             if match is None:
-                self.report("a file of no known type", f"{name!a} is left out")
+                self._leave_out(name, "a file of no known type", left_out)
                 continue
             kind, live, mode, process = match.groups()
             if live and not _may_be_alive(process):
@@ -85,12 +87,19 @@ class MultiprocessFiles(Collector):
             try:
                 merge.add(kind or "gauge", mode or "sum", process, _read(self._folder / name))
             except _Damaged as damage:
-                self.report(str(damage), f"{name!a} is left out")
+                self._leave_out(name, str(damage), left_out)
             except Exception as error:  # noqa: BLE001 - whatever a file holds, a scrape goes on
                 # mark_process_dead removes live gauges at any time.
                 if not (live and isinstance(error, FileNotFoundError)):
-                    self.report(error, f"{name!a} is left out")
+                    self._leave_out(name, error, left_out)
         yield from merge.metrics()
+
+    def _leave_out(self, name: str, error: Exception | str, before: Mapping[str, str]) -> None:
+        """Report that a file is left out, unless it was for this reason at the last scrape."""
+        reason = error if isinstance(error, str) else reason_of(error)
+        self._left_out[name] = reason
+        if before.get(name) != reason:
+            self.report(error, f"{name!a} is left out")
 
     def report(self, error: BaseException | str, consequence: str) -> None:
         """Report that something cannot be merged; see `Faults.report`."""

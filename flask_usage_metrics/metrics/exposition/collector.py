@@ -22,6 +22,7 @@ from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.metrics.exemplars import unpack
 from flask_usage_metrics.metrics.families import Family
 from flask_usage_metrics.metrics.shape import Shape
+from flask_usage_metrics.metrics.shared_app_metrics import SharedAppMetrics
 from flask_usage_metrics.metrics.totals import Totals
 
 _Bucket = tuple[str, float] | tuple[str, float, Exemplar]
@@ -33,10 +34,12 @@ class UsageCollector(Collector):
 
     Attributes:
         totals: The totals.
+        app_metrics: The app's own metrics in the same registry.
     """
 
-    def __init__(self, totals: Totals) -> None:
+    def __init__(self, totals: Totals, app_metrics: SharedAppMetrics) -> None:
         self.totals = totals
+        self.app_metrics = app_metrics
         self._muted = threading.local()
 
     def collect(self) -> Iterator[Metric]:
@@ -84,7 +87,7 @@ def collector_of(registry: CollectorRegistry, shape: Shape, version: str) -> Usa
     with _lock:
         collector = _collectors.get(registry)
         if collector is None:
-            collector = UsageCollector(Totals(shape, version))
+            collector = UsageCollector(Totals(shape, version), SharedAppMetrics(registry))
             registry.register(collector)
             _collectors[registry] = collector
     if collector.totals.shape != shape:

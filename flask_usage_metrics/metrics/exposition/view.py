@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flask import Request, Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest as generate_text
+from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 
@@ -40,8 +41,8 @@ class Exposition:
         token: Bearer token a scrape must show; None: everybody may read.
         faults: Where a failing collector of the app's own is reported.
 
-    The app's own client_python metrics of all workers are merged in where
-    ``PROMETHEUS_MULTIPROC_DIR`` is set, and process metrics of all workers of the server added up.
+    The app's own client_python metrics are those of all workers, and process metrics of all workers
+    of the server are added up.
     """
 
     def __init__(
@@ -63,11 +64,14 @@ class Exposition:
             return Response(status=401, headers={"WWW-Authenticate": "Bearer"})
         try:
             families = self._collector.totals.families()
+            shared = self._collector.app_metrics.families()
         except TimeoutError as error:
             self._faults.report("totals", error, "a scrape was refused")
             return Response(status=503, headers={"Retry-After": "5"})
         openmetrics = prefers_openmetrics(request.headers.get("Accept", ""))
-        blocks = self._blocks(families, openmetrics, frozenset(request.args.getlist("name[]")))
+        blocks = self._blocks(
+            families, shared, openmetrics, frozenset(request.args.getlist("name[]"))
+        )
         response = Response(content_type=OPENMETRICS if openmetrics else TEXT)
         response.vary.update(("Accept", "Accept-Encoding"))
         if request.accept_encodings["gzip"] > 0:
@@ -91,26 +95,33 @@ class Exposition:
         return metrics_app
 
     def _blocks(
-        self, families: Sequence[Family], openmetrics: bool, names: Collection[str]
+        self,
+        families: Sequence[Family],
+        shared: Mapping[str, Metric],
+        openmetrics: bool,
+        names: Collection[str],
     ) -> Iterator[Block]:
         """Yield the registry as text.
 
         Args:
             families: Ours.
+            shared: The app's own that its workers share, by name.
             openmetrics: Whether in the OpenMetrics format rather than Prometheus' text format.
             names: Only the samples of these names; empty: all.
         """
-        theirs = self._encode_theirs(openmetrics, names)
+        theirs = self._encode_theirs(shared, openmetrics, names)
         yield Block(lambda: theirs)
         yield from blocks_of(families, openmetrics, names)
         yield Block(lambda: _EOF if openmetrics else b"")
 
-    def _encode_theirs(self, openmetrics: bool, names: Collection[str]) -> bytes:
+    def _encode_theirs(
+        self, shared: Mapping[str, Metric], openmetrics: bool, names: Collection[str]
+    ) -> bytes:
         """Return all other families of the registry; none if a collector of the app's own fails."""
         generate: Callable[[Collector], bytes]
         generate = generate_openmetrics if openmetrics else generate_text
         pids = self._collector.totals.workers()
-        registry = merged_registry(self._registry, self._files, pids)
+        registry = merged_registry(self._registry, self._files, pids, shared)
         encoded = b""
         with (
             self._faults.caught("exposition", "only our own metrics are exposed"),
