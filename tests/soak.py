@@ -9,9 +9,9 @@ No shown value falls meanwhile, and in the end counter = histogram = rows, which
 answered; a request that a kill cut may be in it or not.
 
 The disk is a small tmpfs, which only root may mount; without it, that fault is left out. While it
-is full, and until the journals are back, nothing is killed: the app says itself
-(``flask_usage_journaled`` 0) that a kill would lose something then. No worker starts meanwhile
-either: one that cannot open the totals for want of room answers for itself, and says so
+is full, or a lock is held, and until the journals are back, nothing is killed: the app says itself
+(``flask_usage_journaled`` 0) that a kill would lose something then. No worker is made
+to start meanwhile either: one that cannot open the totals answers for itself, and says so
 (``flask_usage_totals_shared`` 0).
 """
 
@@ -101,6 +101,7 @@ class Soak:
         until(self._goes_on, True, 30)
 
     def lock(self) -> None:
+        until(self._all_answer, True, 30)
         seconds = self._rng.uniform(0.1, 4)
         instance = self.server.folder / "instance"
         held = [*self.server.totals(), instance / "usage.sqlite3", *instance.glob("**/lock")]
@@ -113,6 +114,7 @@ class Soak:
             with suppress(OSError), path.open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 time.sleep(seconds)
+        until(self._is_journaled, True, 30)  # else a worker that came meanwhile has no journal yet
 
     def fill(self) -> None:
         assert self._disk is not None
