@@ -80,6 +80,7 @@ class SharedTotals:
         self.workers: dict[int, Gauges] = {}
         self._forgotten: set[str] = set()
         self._state = State()
+        self._family: frozenset[bytes] = frozenset()
         self._pid = os.getpid()
 
     @property
@@ -159,6 +160,8 @@ class SharedTotals:
             tables.delete_workers(connection, dead)
             state = state._replace(number=change)
             tables.write_state(connection, state)
+            family = tables.read_family(connection) if is_other else self._family
+        self._family = family
         return self._learn(state, workers, Changes({**theirs, **sums}, newer))
 
     def _merged(self, key: SeriesKey, is_other: bool) -> Numbers | None:
@@ -271,8 +274,9 @@ class SharedTotals:
         known = self._state
         with suppress(*_UNUSABLE), self._copy.reading() as copy, damage_told():
             state = tables.read_state(copy)
-            if state.lineage != known.lineage or state.number >= known.number:
-                sums = tables.read_series(copy, -1, self._widths)
+            sums = tables.read_series(copy, -1, self._widths)
+            # A copy may be lost as well, and empty or older than what is known here.
+            if state.lineage and _has_all(sums, self.merged):
                 exemplars = tables.read_exemplars(copy, -1)
                 tables.copy_other_tables(copy, connection)
                 return self._begin(connection, state, sums, exemplars)
@@ -302,10 +306,11 @@ class SharedTotals:
         if branch is not None and branch >= known.number:
             return state
         theirs = tables.read_series(connection, -1, self._widths)
-        if branch is None:
+        if branch is None and not self._family.isdisjoint(tables.read_family(connection)):
             # Lost long ago: whoever was there then has added what this worker knows, or knew less.
             sums = {key: _larger(mine, theirs.get(key)) for key, mine in self.merged.items()}
         else:
+            # There is no branch if somebody began anew who knew nothing.
             began = tables.read_branch(connection, known.lineage)
             sums = {
                 key: _sum(theirs.get(key), _difference(mine, began.get(key)))

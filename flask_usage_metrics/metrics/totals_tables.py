@@ -131,6 +131,12 @@ def write_series(
     )
 
 
+def read_family(connection: sqlite3.Connection) -> frozenset[bytes]:
+    """Return the history of a file, and the lost ones that it comes from, as far as remembered."""
+    rows = connection.execute("SELECT lineage FROM ancestor UNION SELECT lineage FROM state")
+    return frozenset(lineage for (lineage,) in rows)
+
+
 def branch_of(connection: sqlite3.Connection, lineage: bytes) -> int | None:
     """Return the last change of a lost history that is in the sums; None if it is not known."""
     row = connection.execute("SELECT number FROM ancestor WHERE lineage = ?", (lineage,)).fetchone()

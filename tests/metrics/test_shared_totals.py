@@ -237,6 +237,45 @@ def test_what_one_worker_alone_knows_is_not_missing_when_the_copy_is_lost_too(
         file.close()
 
 
+def test_what_others_know_is_added_to_what_one_began_that_knew_nothing(path: Path) -> None:
+    files = [SharedTotals(path) for _ in range(3)]
+    for file in files:
+        add(file, a=100)
+    break_it(path.with_name(COPY), "removed")
+    break_it(path, "removed")
+    files.append(SharedTotals(path))
+    add(files[3], a=1_000)  # as a worker that has just started
+    for file in files * 2:
+        insist([file], {A: [1]})
+    for file in files:
+        assert look(file) == {"a": 1_308}
+        file.close()
+
+
+def test_an_old_file_in_its_place_is_not_added_again(path: Path, tmp_path: Path) -> None:
+    files = [SharedTotals(path) for _ in range(2)]
+    for file in files:
+        add(file, a=100)
+    for number in range(3):
+        with (
+            closing(sqlite3.connect(path)) as source,
+            closing(sqlite3.connect(tmp_path / f"old{number}")) as old,
+        ):
+            source.backup(old)
+        break_it(path, "emptied")
+        for file in files:
+            insist([file], {A: [1]})
+    for number in range(3):
+        path.with_name(COPY).unlink()
+        (tmp_path / f"old{number}").replace(path)
+        path.chmod(0o600)
+        for file in files:
+            insist([file], {})
+        assert look(files[0]) == look(files[1]) == {"a": 206}
+    for file in files:
+        file.close()
+
+
 def test_losses_in_a_row_lose_nothing_that_somebody_knows(path: Path) -> None:
     files = [SharedTotals(path) for _ in range(4)]
     for number, file in enumerate(files):
