@@ -205,9 +205,7 @@ def _one_by_one(home: Path) -> Iterator[None]:
     """
     descriptor = open_private(home / "joining")
     try:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while not try_lock(descriptor) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_for_lock(descriptor, time.monotonic() + _LOCK_SECONDS, shared=False)
         yield
     finally:
         os.close(descriptor)

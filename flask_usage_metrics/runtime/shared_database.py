@@ -16,7 +16,7 @@ from flask_usage_metrics.runtime.private_files import (
     check_private_file,
     make_private,
     make_private_file,
-    try_lock,
+    wait_for_lock,
 )
 
 _BUSY_SECONDS = 1.0
@@ -219,9 +219,8 @@ def _one_by_one(folder: Path) -> Iterator[None]:
     """Let one process at a time make or delete files; nobody waits for longer than a second."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + _BUSY_SECONDS
-        while not try_lock(descriptor) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        with suppress(OSError):  # some network file systems lock no folders
+            wait_for_lock(descriptor, time.monotonic() + _BUSY_SECONDS, shared=False)
         yield
     finally:
         os.close(descriptor)
