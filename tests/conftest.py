@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 from helpers.front_door import Site, sites
+from hypothesis import settings
 
 pytest_plugins = ["helpers.process", "helpers.selection", "helpers.watch"]
+
+# The same examples in each run, so that a change's run judges the change. Others, to find what
+# nobody thought of: pytest --hypothesis-profile=default
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture

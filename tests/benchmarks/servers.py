@@ -250,23 +250,36 @@ def agree(name: str, gunicorn: Gunicorn, storage: str, answered: int, spare: int
     """See that everything was counted, and stored."""
     if name not in (METRICS, SQLITE, POSTGRESQL):
         return
+    deadline = time.monotonic() + 60
+    with ExitStack() as stack:
+        reader = None
+        if name != METRICS:
+            reader = stack.enter_context(closing(SQLStorage.from_url(storage)))
+            reader.is_of_app = True  # none yet is 0
+        # A request that wrk no longer waited for may still be under way.
+        while True:
+            counted = requests_counted(gunicorn)
+            stored = reader.count() if reader else counted
+            if stored == counted and answered <= counted <= answered + spare:
+                return
+            if time.monotonic() > deadline:
+                raise SystemExit(
+                    f"servers: {name}: {counted} requests counted and {stored} rows"
+                    f" of {answered} answered"
+                )
+            time.sleep(0.1)
+
+
+def requests_counted(gunicorn: Gunicorn) -> int:
+    """Return what the sum of the requests' counter is in a scrape."""
     with urllib.request.urlopen(f"{gunicorn.address}/metrics", timeout=60) as response:
         families = text_string_to_metric_families(response.read().decode())
-    samples = [sample for family in families for sample in family.samples]
-    counted = sum(
-        int(sample.value) for sample in samples if sample.name == "flask_usage_requests_total"
+    return sum(
+        int(sample.value)
+        for family in families
+        for sample in family.samples
+        if sample.name == "flask_usage_requests_total"
     )
-    if not answered <= counted <= answered + spare:
-        raise SystemExit(f"servers: {name}: {counted} requests counted of {answered} answered")
-    if name == METRICS:
-        return
-    with closing(SQLStorage.from_url(storage)) as reader:
-        reader.is_of_app = True  # none yet is 0
-        deadline = time.monotonic() + 60
-        while (stored := reader.count()) != counted:
-            if time.monotonic() > deadline:
-                raise SystemExit(f"servers: {name}: {stored} rows of {counted} requests counted")
-            time.sleep(0.1)
 
 
 if __name__ == "__main__":

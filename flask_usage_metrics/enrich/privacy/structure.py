@@ -13,8 +13,14 @@ _QUOTED_NAME = re.compile(r"[\"']([^\"']{1,200})[\"']\s*:")
 
 _GAPS = re.compile(r"[\s\"'<>{}`]+")
 _DELIMITERS = re.compile(r"[/\\?#&;]")
-_AUTHORITY = re.compile(r"(?:^|[:=&?#;,|(])[/\\]{2,}")
-"""What an authority follows (RFC 3986, 3.2); to browsers a backslash is a slash."""
+_AUTHORITY = re.compile(
+    r"(?:^|[:=&?#;,|(])[/\\]{2,}|(?<=[a-z0-9+.-]{2}):[/\\]+|\b(?:https?|wss?|ftp):[/\\]*",
+    re.IGNORECASE,
+)
+"""What an authority follows (RFC 3986, 3.2).
+
+To browsers a backslash is a slash, and none is enough after ``https:``; Werkzeug makes one of two.
+"""
 
 _PORT = re.compile(r"[^:]*:[0-9]{0,5}")
 _LAST_WORD = re.compile(r"[^A-Za-z]+")
@@ -79,12 +85,14 @@ def _ends_in_userinfo(before: str) -> bool:
     scheme, colon, password = last.partition(":")
     if colon and password and _LAST_WORD.split(scheme)[-1].lower() not in _ADDRESSES:
         return True
-    authority = _AUTHORITY.search(tail)
-    if authority is None:
-        return False
-    rest = tail[authority.end() :]
-    if rest == last:
-        return bool(rest)
-    # A password may have slashes in it once it is decoded; a port has digits only.
-    first = _DELIMITERS.split(rest)[0]
-    return ":" in first and not _PORT.fullmatch(first)
+    # A URL may stand in the path of another.
+    for authority in _AUTHORITY.finditer(tail):
+        start = authority.end()
+        if last and start == len(tail) - len(last):
+            return True
+        # A password may have slashes in it once it is decoded; a port has digits only.
+        delimiter = _DELIMITERS.search(tail, start)
+        first = tail[start : delimiter.start() if delimiter else None]
+        if ":" in first and not _PORT.fullmatch(first):
+            return True
+    return False
