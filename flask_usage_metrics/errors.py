@@ -2,6 +2,7 @@
 
 UsageMetricsError
 ├── ConfigError (ValueError)      a setting or argument is wrong; raised at set-up only
+│   └── UnknownName (NotImplementedError)  there is no mode or sum of this name
 └── StorageError
     ├── StorageUnavailable        nothing was written, the same batch may succeed later
     └── RecordsRejected           some records can never be written, the others were
@@ -18,6 +19,10 @@ class UsageMetricsError(Exception):
 
 class ConfigError(UsageMetricsError, ValueError):
     """A setting or argument is wrong: what was given, where, and what is expected."""
+
+
+class UnknownName(ConfigError, NotImplementedError):
+    """There is no mode or sum of this name: NotImplementedError, as flask-track-usage raises it."""
 
 
 class StorageError(UsageMetricsError):

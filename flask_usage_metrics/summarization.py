@@ -33,6 +33,10 @@ class Summation(msgspec.Struct, frozen=True):
     field: str
     key: str | None = None
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Summation:
+        """Return itself: in flask-track-usage sums are classes, and ``sumUrl()`` is a hook, too."""
+        return self
+
 
 # The singular is in flask-track-usage's code, the plural in its documentation.
 sumUrl = sumUrls = Summation("sumUrl", "url")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flask import Flask, current_app, has_app_context
@@ -140,16 +141,25 @@ class TrackUsage:
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until all that was captured so far is counted and written.
 
+        Of the current app, or outside of the contexts of this tracker's apps of all of these.
+
         Args:
-            timeout: Seconds to wait at most.
+            timeout: Seconds to wait at most, for all apps together.
 
         Returns:
             Whether nothing is left; False also when a storage cannot be written to now.
 
         Raises:
-            RuntimeError: It is not clear which app is meant.
+            RuntimeError: There is no app.
         """
-        return self._tracking().pipeline.flush(timeout)
+        pipelines = [tracking.pipeline for tracking in self._trackings()]
+        if len(pipelines) > 1:
+            # All begin at once: an app whose storage hangs must not use up the time of the others.
+            for pipeline in pipelines:
+                pipeline.flush(0)
+        deadline = monotonic() + timeout
+        flushed = [pipeline.flush(max(deadline - monotonic(), 0)) for pipeline in pipelines]
+        return all(flushed)
 
     def close(self, timeout: float = 5.0) -> None:
         """Write what was captured, and give up threads and files, of every app of this tracker.
@@ -191,17 +201,24 @@ class TrackUsage:
         return uncounted(self._tracking().exposition.wsgi_app())
 
     def _tracking(self) -> Tracking:
-        apps = list(self._apps)
-        tracking = tracking_of(current_app) if has_app_context() else None
-        if tracking is None and len(apps) == 1:
-            tracking = tracking_of(apps[0])
-        if tracking is not None:
-            return tracking
-        raise RuntimeError(
-            "this TrackUsage has no app: call init_app(app) first"
-            if not apps
-            else "this TrackUsage has several apps: enter the context of one, app.app_context()"
-        )
+        trackings = self._trackings()
+        if len(trackings) > 1:
+            raise RuntimeError(
+                "this TrackUsage has several apps: enter the context of one, app.app_context()"
+            )
+        return trackings[0]
+
+    def _trackings(self) -> list[Tracking]:
+        """Return what tracks the current app, if this tracker does, else all apps it tracks."""
+        if has_app_context():
+            current = tracking_of(current_app)
+            if current is not None and current.owner is self:
+                return [current]
+        known = [tracking_of(app) for app in list(self._apps)]
+        trackings = [tracking for tracking in known if tracking is not None]
+        if not trackings:
+            raise RuntimeError("this TrackUsage has no app: call init_app(app) first")
+        return trackings
 
 
 def _callable_or_none(name: str, given: Any) -> Any:

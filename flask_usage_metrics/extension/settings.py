@@ -14,7 +14,7 @@ import msgspec
 from flask_usage_metrics.enrich.privacy.policy import PRESETS, Preset
 from flask_usage_metrics.enrich.privacy.secrets import SecretFinder
 from flask_usage_metrics.enrich.trusted_proxies import TrustedProxies
-from flask_usage_metrics.errors import ConfigError
+from flask_usage_metrics.errors import ConfigError, UnknownName
 from flask_usage_metrics.metrics.names import LABELS, REQUEST_LABELS
 from flask_usage_metrics.metrics.objectives import Objective, parse_objectives
 from flask_usage_metrics.metrics.shape import Shape
@@ -95,12 +95,14 @@ class Key(msgspec.Struct, frozen=True):
             else if the value is not what is expected.
         is_secret: Whether messages tell only the type of a wrong value: it could be a token, or
             a URL with a password.
+        error: Raised for a wrong value.
     """
 
     default: Any
     expected: str
     parse: Callable[[Any], Any]
     is_secret: bool = False
+    error: type[ConfigError] = ConfigError
 
 
 def read(config: Mapping[str, Any]) -> Settings:
@@ -140,7 +142,7 @@ def _read(config: Mapping[str, Any], name: str) -> Any:
     except Exception:  # noqa: BLE001 - whatever a value of another type makes it raise
         # Without its cause, whose text would hold what was given.
         what = type(given).__name__ if key.is_secret else shown(given)
-        raise ConfigError(f"{name} must be {key.expected}, not {what}") from None
+        raise key.error(f"{name} must be {key.expected}, not {what}") from None
 
 
 # ------------------------------------------------------------------------ kinds of values
@@ -317,7 +319,7 @@ def _trusted_proxies(given: Any) -> TrustedProxies:
 
 KEYS: dict[str, Key] = {
     "TRACK_USAGE_INCLUDE_OR_EXCLUDE_VIEWS": Key(
-        "exclude", "'include' or 'exclude'", _choice("include", "exclude")
+        "exclude", "'include' or 'exclude'", _choice("include", "exclude"), error=UnknownName
     ),
     "TRACK_USAGE_STORAGE": Key(
         None, "a URL, a storage, a callable or a list of these", _anything, is_secret=True

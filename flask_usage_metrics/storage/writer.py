@@ -11,7 +11,7 @@ from typing import Any, cast
 from flask_usage_metrics.errors import ConfigError, RecordsRejected
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.storage.compat import as_dict
-from flask_usage_metrics.storage.hooks import as_hooks
+from flask_usage_metrics.storage.hooks import as_hooks, set_up_hooks
 from flask_usage_metrics.summarization import Summation
 
 
@@ -31,8 +31,9 @@ class Writer:
 
     Args:
         *args: For `set_up`.
-        hooks: Functions to call for each record, see `call_hooks`. A storage that can be read also
-            takes flask-track-usage's sums, such as ``sumUrl`` of
+        hooks: Functions, or callable instances or their classes, to call for each record: see
+            `call_hooks`, and `hooks.set_up_hooks` for how they are set up. A storage that can be
+            read also takes flask-track-usage's sums, such as ``sumUrl`` of
             `flask_usage_metrics.summarization` or ``"sumUrl"``, though `Storage.get_sum` needs
             none. One of these or a list; None: none.
         **kwargs: For `set_up`, with `hooks` if that has a parameter of this name.
@@ -52,6 +53,7 @@ class Writer:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         parameters = signature(self.set_up)
+        arguments = {**kwargs, **self._parent()}
         if "hooks" in parameters.parameters:
             # By position too, as in SQLStorage(engine, metadata, table_name, db, hooks).
             hooks = as_hooks(parameters.bind(*args, **kwargs).arguments.get("hooks"))
@@ -62,8 +64,8 @@ class Writer:
                 raise ConfigError(
                     f"hooks: {type(self).__name__} cannot be read, so there is no {hook.name} of it"
                 )
-        self._functions = [hook for hook in hooks if not isinstance(hook, Summation)]
         self.set_up(*args, **kwargs)
+        self._functions = set_up_hooks(hooks, arguments)
 
     def set_up(self, *args: Any, **kwargs: Any) -> None:
         """Take the constructor's arguments; for subclasses."""
@@ -120,13 +122,16 @@ class Writer:
         """
         if not self._functions:
             return
-        parent = {"_parent_class_name": type(self).__name__, "_parent_self": self}
+        parent = self._parent()
         for record in batch:
             for function in self._functions:
                 try:
                     function(**as_dict(record), **parent)
                 except BaseException as error:  # noqa: BLE001 - it must not end the writing thread
                     report(_callable_name(function), error)
+
+    def _parent(self) -> dict[str, Any]:
+        return {"_parent_class_name": type(self).__name__, "_parent_self": self}
 
     @property
     def identity(self) -> str:

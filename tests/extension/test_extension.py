@@ -196,10 +196,70 @@ def test_without_an_app_the_error_says_what_to_do() -> None:
     apps = [Flask("one"), Flask("two")]
     for app in apps:
         usage.init_app(app, [])
+    assert usage.flush()
     with pytest.raises(RuntimeError, match=r"several apps: enter the context of one"):
-        usage.flush()
+        usage.storage  # noqa: B018
     with apps[0].app_context(), pytest.raises(RuntimeError, match="none of the app's storages"):
         usage.storage  # noqa: B018
+
+
+@pytest.fixture
+def tracked_pair(
+    tmp_path: Path,
+) -> Iterator[tuple[TrackUsage, Flask, list[Any], Flask, list[Any]]]:
+    """One tracker on two apps that write only when told to, and what each has stored."""
+    usage = TrackUsage(registry=CollectorRegistry())
+    one, two = Flask("one"), Flask("two")
+    stored: tuple[list[Any], list[Any]] = ([], [])
+    for app, items in zip((one, two), stored, strict=True):
+        app.config.update(TRACK_USAGE_FLUSH_SECONDS=3600, TRACK_USAGE_STATE_DIR=tmp_path)
+        usage.init_app(app, items.append)
+        app.test_client().get("/")
+    yield usage, one, stored[0], two, stored[1]
+    usage.close()
+
+
+def test_flush_is_of_every_app_of_the_tracker_or_of_the_current_one(
+    tracked_pair: tuple[TrackUsage, Flask, list[Any], Flask, list[Any]],
+) -> None:
+    usage, one, first, two, second = tracked_pair
+    with one.app_context():
+        assert usage.flush()
+    assert (len(first), len(second)) == (1, 0)
+    one.test_client().get("/")
+    assert usage.flush()
+    assert (len(first), len(second)) == (2, 1)
+    other = Flask("other")
+    with TrackUsage(other, [], registry=CollectorRegistry()), other.app_context():
+        two.test_client().get("/")
+        assert usage.flush()
+    assert (len(first), len(second)) == (2, 2)
+
+
+def test_a_storage_that_hangs_takes_no_time_from_the_other_apps(tmp_path: Path) -> None:
+    usage = TrackUsage(registry=CollectorRegistry())
+    hung, stored = threading.Event(), list[Any]()
+    storages: list[Any] = [lambda data: hung.wait(), stored.append, lambda data: hung.wait()]
+    apps = [Flask(f"shop{number}") for number in range(len(storages))]
+    for app, storage in zip(apps, storages, strict=True):
+        app.config.update(TRACK_USAGE_FLUSH_SECONDS=3600, TRACK_USAGE_STATE_DIR=tmp_path)
+        usage.init_app(app, storage)
+        app.test_client().get("/")
+    try:
+        assert not usage.flush(timeout=0.3)
+        assert len(stored) == 1
+    finally:
+        hung.set()
+        usage.close()
+
+
+def test_a_mode_that_there_is_not_is_not_implemented() -> None:
+    for mode in ("", "all", None, 5):
+        app = Flask("shop")
+        app.config["TRACK_USAGE_INCLUDE_OR_EXCLUDE_VIEWS"] = mode
+        with pytest.raises(NotImplementedError, match="'include' or 'exclude'") as caught:
+            TrackUsage(app, [], registry=CollectorRegistry())
+        assert isinstance(caught.value, ConfigError)
 
 
 def test_nothing_is_opened_or_started_before_the_first_request(tmp_path: Path) -> None:

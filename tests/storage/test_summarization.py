@@ -180,6 +180,14 @@ class Instance:
     def __call__(self, **data: Any) -> None: ...
 
 
+class Arguments:
+    def __init__(self, **kwargs: Any) -> None: ...
+
+
+class OddlySetUp(Instance):
+    def set_up(self, storage: Storage) -> None: ...
+
+
 async def coroutine(**data: Any) -> None: ...
 
 
@@ -215,8 +223,11 @@ def test_what_can_be_called_with_a_record_is_a_hook(hook: Any) -> None:
         ([None], "not NoneType$"),
         ([["sumUrl"]], "not list$"),
         ({"sumUrl": 1}, "not dict$"),
-        (Instance, r"^hooks: a class is none, but Instance\(\.\.\.\) may be one$"),
-        (Summation, "a class is none"),
+        (Instance, r"^hooks: Instance must be like class Instance: def __init__\(self, \*\*kwargs"),
+        (Summation, "hooks: Summation must be like class Summation"),
+        (dict, r"^hooks must be sums .* not dict$"),
+        (Arguments, r"^hooks must be sums .* not Arguments$"),
+        (OddlySetUp(), r"^hooks: OddlySetUp\.set_up must be like def set_up\(self, \*\*kwargs\)$"),
         (strict, r"^hooks: strict must be like def strict\(\*\*data\)$"),
         (hello_world, r"must be like def hello_world\(\*\*data\)"),
         (lambda data: None, r"must be like def <lambda>\(\*\*data\)"),
@@ -243,6 +254,83 @@ def test_what_cannot_be_read_has_no_sums(capsys: pytest.CaptureFixture[str]) -> 
 
     PrintStorage(hooks=hook).call_hooks(make_records(2), pytest.fail)
     assert seen == ["PrintWriter", "PrintWriter"]
+
+
+# -- classes and instances ----------------------------------------------------------------------
+
+
+class Counting:
+    """A hook as flask-track-usage has them: given as a class, or as an instance of it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.events: list[Any] = [("made", args, kwargs)]
+
+    def set_up(self, **kwargs: Any) -> None:
+        self.storage: Storage = kwargs["_parent_self"]
+        self.events.append(("set up", kwargs["_parent_class_name"], kwargs))
+
+    def __call__(self, **data: Any) -> None:
+        self.events.append((data["_parent_class_name"], data["_parent_self"], data["path"]))
+
+
+def test_a_class_is_made_an_instance_and_set_up_then_called(
+    make_storage: Callable[..., Storage], make_site: Callable[..., Site]
+) -> None:
+    made: list[Counting] = []
+
+    class Known(Counting):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    instance = Counting()
+    hooks = [Known, instance, sumUrls]
+    storage = make_storage(hooks=hooks)
+    own = {"kind": "set"} if isinstance(storage, Own) else {}
+    parent = {"_parent_class_name": type(storage).__name__, "_parent_self": storage}
+    arguments = {**own, "hooks": hooks, **parent}
+    [hook] = made
+    assert hook.events == [
+        ("made", (), arguments),
+        ("set up", type(storage).__name__, arguments),
+    ]
+    assert instance.events == [("made", (), {}), hook.events[1]]
+    site = make_site(storage)
+    visit(site, 2)
+    assert site.usage.flush()
+    for each in (hook, instance):
+        assert each.storage is storage
+        assert each.events[2:] == [(type(storage).__name__, storage, "/nowhere")] * 2
+
+
+def test_hooks_are_set_up_when_all_are_made_and_the_storage_is_set_up() -> None:
+    events: list[str] = []
+
+    class Noting:
+        def __init__(self, **kwargs: Any) -> None:
+            events.append(f"made for {kwargs['_parent_self'].kind}")
+
+        def set_up(self, **kwargs: Any) -> None:
+            events.append("set up")
+
+        def __call__(self, **data: Any) -> None: ...
+
+    Own(kind="set", hooks=[Noting, Noting])
+    assert events == ["made for set"] * 2 + ["set up"] * 2
+
+
+def test_what_the_set_up_of_a_hook_raises_is_raised() -> None:
+    class Unhappy(Counting):
+        def set_up(self, **kwargs: Any) -> None:
+            raise LookupError("no table of sums")
+
+    with pytest.raises(LookupError, match="no table of sums"):
+        Own(hooks=[Unhappy])
+
+
+def test_an_instance_of_a_sum_is_the_sum() -> None:
+    assert sumUrl() is sumUrl
+    Own(hooks=[sumUrl(), sumGeo()])
 
 
 # -- what functions are called with -------------------------------------------------------------
