@@ -242,7 +242,8 @@ class Storage(Writer):
         Returns:
             Dicts with the keys url, user_agent (a dict of browser, language, platform, version),
             blueprint, view_args, status, remote_addr, xforwardedfor, authorization, ip_info,
-            path, speed (seconds), date (naive UTC), username, track_var.
+            path, speed (seconds), date (naive UTC), username, track_var. view_args, ip_info and
+            track_var are JSON texts, or None if empty; `records` has the objects.
 
         Raises:
             StorageUnavailable: The storage cannot be read now.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -62,7 +63,10 @@ def as_dict(record: UsageRecord) -> dict[str, Any]:
 
 
 def as_usage_item(record: UsageRecord) -> dict[str, Any]:
-    """Return a record as one of the dicts of `Storage.get_usage`."""
+    """Return a record as one of the dicts of `Storage.get_usage`, as documented there.
+
+    Objects are JSON texts, spelled as that package spelled them, and None if empty.
+    """
     return {
         "url": record.url,
         "user_agent": {
@@ -72,18 +76,22 @@ def as_usage_item(record: UsageRecord) -> dict[str, Any]:
             "version": record.browser_version,
         },
         "blueprint": record.blueprint,
-        "view_args": record.view_args or None,
+        "view_args": _as_text(record.view_args),
         "status": record.status,
         "remote_addr": record.remote_addr,
         "xforwardedfor": record.forwarded_for,
         "authorization": record.authorization,
-        "ip_info": record.ip_info,
+        "ip_info": _as_text(record.ip_info),
         "path": record.path,
         "speed": record.duration_seconds,
         "date": record.started_at.replace(tzinfo=None),
         "username": record.username,
-        "track_var": record.track_var or None,
+        "track_var": _as_text(record.track_var),
     }
+
+
+def _as_text(value: dict[str, Any] | None) -> str | None:
+    return json.dumps(value, ensure_ascii=False) if value else None
 
 
 def _copy(value: Any) -> Any:

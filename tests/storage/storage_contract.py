@@ -864,7 +864,11 @@ class StorageContract(StorageCore):
     # -- flask-track-usage's way of reading -----------------------------------------------------
 
     def test_get_usage_has_the_shape_of_flask_track_usage(self, storage: Storage) -> None:
-        storage.write([make_record(), make_record(started_at=START - SECOND, track_var={"a": 1})])
+        objects = {"a": 1, "b": ["é", None]}
+        older_record = make_record(
+            started_at=START - SECOND, track_var=objects, ip_info=objects, view_args={}
+        )
+        storage.write([make_record(), older_record])
         newest, older = storage.get_usage()
         assert newest == {
             "url": "https://shop.example/user/ann?tab=orders",
@@ -875,7 +879,7 @@ class StorageContract(StorageCore):
                 "version": "126",
             },
             "blueprint": None,
-            "view_args": {"name": "ann"},
+            "view_args": '{"name": "ann"}',
             "status": 200,
             "remote_addr": "203.0.113.7",
             "xforwardedfor": None,
@@ -887,7 +891,8 @@ class StorageContract(StorageCore):
             "username": None,
             "track_var": None,
         }
-        assert older["track_var"] == {"a": 1}
+        assert older["track_var"] == older["ip_info"] == '{"a": 1, "b": ["é", null]}'
+        assert older["view_args"] is None
 
     def test_get_usage_includes_both_bounds_and_has_pages(self, storage: Storage) -> None:
         records = make_records(7)
