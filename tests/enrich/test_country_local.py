@@ -226,9 +226,11 @@ def test_a_source_that_raises_is_counted_and_the_next_one_is_asked(monkeypatch):
 # -------------------------------------------------------------------------------- MMDB files
 
 
-def write_mmdb(path: Path, layout=None, ip_version=4, network="8.8.8.0/24", padding=0) -> Path:
+def write_mmdb(
+    path: Path, layout=None, ip_version=4, network="8.8.8.0/24", padding=0, kind="Country"
+) -> Path:
     writer = MMDBWriter(
-        ip_version=ip_version, database_type="Country", description="x" * padding or "test"
+        ip_version=ip_version, database_type=kind, description="x" * padding or "test"
     )
     record = {"country": {"iso_code": "US"}} if layout is None else layout
     writer.insert_network(IPSet([network]), record)
@@ -263,6 +265,61 @@ def test_every_layout_of_a_database_is_read(tmp_path, layout, expected):
     assert database.locate("8.8.8.8", (), False).country == expected
     assert database.locate("9.9.9.9", (), False) == UNKNOWN
     assert database.locate(None, (), False) == UNKNOWN
+
+
+CITY = {
+    "city": {"geoname_id": 2988507, "names": {"en": "Paris"}},
+    "continent": {"code": "EU"},
+    "country": {"iso_code": "FR", "names": {"en": "France"}},
+    "location": {"latitude": 48.8, "longitude": 2.3, "time_zone": "Europe/Paris"},
+    "subdivisions": [{"iso_code": "IDF"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        pytest.param("GeoLite2-City", CITY, id="MaxMind, DB-IP"),
+        pytest.param(
+            "ipinfo standard_location.mmdb",
+            {"city": "Paris", "country": "FR", "lat": "48.8", "region": "Ile-de-France"},
+            id="IPinfo",
+        ),
+        pytest.param("", {"city": "Paris", "country_code": "FR"}, id="ip-location-db"),
+    ],
+)
+def test_the_country_of_a_city_file_is_used(tmp_path, caplog, kind, layout):
+    path = write_mmdb(tmp_path / "city.mmdb", layout, kind=kind)
+    assert country(f"mmdb:{path}") == "FR"
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "told"),
+    [
+        pytest.param(
+            "DBIP-ASN-Lite (compat=GeoLite2-ASN)",
+            {"autonomous_system_number": 15169, "autonomous_system_organization": "Google"},
+            "'DBIP-ASN-Lite (compat=GeoLite2-ASN)'",
+            id="networks",
+        ),
+        pytest.param("x\n" * 99, {"isp": "x"}, f"{('x' + chr(10)) * 32!r}", id="odd type"),
+        pytest.param("", {"is_anonymous": True}, "'unknown type'", id="no type"),
+    ],
+)
+def test_a_file_of_something_else_says_in_one_line_what_it_is(tmp_path, caplog, kind, layout, told):
+    path = write_mmdb(tmp_path / "other.mmdb", layout, kind=kind)
+    watched = Watched(path)
+    assert [watched.country() for _ in range(3)] == [None] * 3
+    assert watched.faults.counts() == {"country": 1}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"country: the MMDB file is one of {told}, which names no countries; countries are unknown;"
+        " look at TRACK_USAGE_COUNTRY and what it names"
+    ]
+    assert watched.a_minute_later() is None
+    write_mmdb(path, iso("FR"))
+    assert watched.a_minute_later() == "FR"
+    assert watched.faults.counts() == {"country": 1}
 
 
 def test_an_ipv6_address_is_unknown_to_a_database_without_ipv6(tmp_path):

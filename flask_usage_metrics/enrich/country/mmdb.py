@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +23,9 @@ logger = logging.getLogger("flask_usage_metrics")
 
 _CACHED = 8192
 _MAX_CACHED_ADDRESS = 64
+
+_SAMPLE = 1000
+"""Records of a new file of which one must name a country; nearly always the first does."""
 
 _Signature = tuple[int, int, int]
 
@@ -63,17 +67,22 @@ class CountryFile:
         try:
             if _signature(self._path.stat()) == self._signature:
                 return
-            reader, self._signature = _open_copy(self._path)
+            reader, signature = _open_copy(self._path)
+            other = _other_type(reader)
         except (OSError, ValueError, maxminddb.InvalidDatabaseError) as error:
             kept = "the one read before is used" if self._answers else "countries are unknown"
             reason = reason_of(error)
             self._faults.report("country", f"the MMDB file cannot be read ({reason})", kept)
             return
+        self._signature = signature
         # The old reader is not closed: whoever has it may be in the middle of a lookup. A cache, as
         # MaxMind's own files name the country in eight languages, which is slow to read.
         self._answers = TwoGenerationCache(
             partial(_look_up, reader), len, most=_CACHED, longest=_MAX_CACHED_ADDRESS
         )
+        if other:
+            kind = f"the MMDB file is one of {other!r}, which names no countries"
+            self._faults.report("country", kind, "countries are unknown")
         if type(reader).__module__ != "maxminddb.extension" and not self._warned:
             self._warned = True
             logger.warning(
@@ -87,6 +96,13 @@ def _look_up(reader: maxminddb.Reader, address: str) -> Answer:
     except ValueError:  # an IPv6 address, and a file that has IPv4 only
         return UNKNOWN
     return _country(record)
+
+
+def _other_type(reader: maxminddb.Reader) -> str:
+    """Return the type of a file that names no countries, such as one of networks; else ``""``."""
+    if any(_country(record).country for _, record in islice(reader, _SAMPLE)):
+        return ""
+    return reader.metadata().database_type[:64] or "unknown type"
 
 
 def _signature(stat: os.stat_result) -> _Signature:
