@@ -342,7 +342,7 @@ class Exchange:
             consumer, visitor, trace = known.consumer, known.visitor, known.end_trace()
             username = username if known.username is None else known.username
         if _PROXY_FIX in environ:
-            peer = (environ[_PROXY_FIX] or {}).get("REMOTE_ADDR")
+            peer = str((environ[_PROXY_FIX] or {}).get("REMOTE_ADDR") or "")
         if TRACK_VAR in environ:
             track_var = encode_json(environ[TRACK_VAR])
             if len(track_var) > MAX_JSON_BYTES:

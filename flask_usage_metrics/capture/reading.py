@@ -67,9 +67,10 @@ def environ_texts(environ: WSGIEnvironment, headers: tuple[str, ...]) -> tuple[s
         if len("".join(texts)) <= MAX_ENVIRON_CHARACTERS:
             return texts
     except (KeyError, TypeError):
-        # PEP 3333 lets a server leave some out; and middleware may have put a number there.
+        # PEP 3333 lets a server leave some out; a2wsgi has None for the address of a Unix socket,
+        # and middleware may have put a number there.
         wanted = (*ENVIRON_KEYS, *_SUBSTITUTES, *headers)
-        clean = {key: str(environ[key]) for key in wanted if key in environ}
+        clean = {key: str(environ[key]) for key in wanted if environ.get(key) is not None}
         return environ_texts({**dict.fromkeys(ENVIRON_KEYS[:-1], ""), **clean}, headers)
     return tuple([text[:_MAX_CUT_CHARACTERS] for text in texts])
 

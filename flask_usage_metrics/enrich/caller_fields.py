@@ -71,9 +71,9 @@ class Callers(TwoGenerationCache[CallerKey, Caller]):
         """
         proxied = environ.get("werkzeug.proxy_fix.orig")
         address, is_trusted = self._whence(
-            str(environ.get("REMOTE_ADDR", "")),
+            str(environ.get("REMOTE_ADDR") or ""),
             str(environ.get("HTTP_X_FORWARDED_FOR", "")),
-            None if proxied is None else proxied.get("REMOTE_ADDR"),
+            None if proxied is None else str(proxied.get("REMOTE_ADDR") or ""),
         )
         headers = tuple([str(environ.get(name, "")) for name in self._country_lookup.headers])
         return self._country_lookup.locate_now(address, headers, is_trusted)
@@ -103,13 +103,11 @@ class Callers(TwoGenerationCache[CallerKey, Caller]):
         self, remote_addr: str, forwarded_for: str, proxied: str | None
     ) -> tuple[str | None, bool]:
         """Return the client's address, and whether a trusted proxy sent the request."""
-        direct = normalise(remote_addr)
+        trusted = self._trusted
         if proxied is not None:
             # ProxyFix has replaced the address: it has read the header already.
-            return direct, normalise(proxied) in self._trusted
-        if self._trusted and forwarded_for:
-            return self._trusted.client(remote_addr, forwarded_for), direct in self._trusted
-        return direct, direct in self._trusted
+            return normalise(remote_addr), trusted.trusts(proxied)
+        return trusted.client(remote_addr, forwarded_for), trusted.trusts(remote_addr)
 
 
 def nameless(caller: Caller) -> Caller:

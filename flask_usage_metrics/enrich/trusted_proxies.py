@@ -15,54 +15,76 @@ _CACHED = 8192
 
 _MAPPED = IPv6Network("::ffff:0:0/96")  # RFC 4291, 2.5.5.2
 
+SOCKET = "unix:"
+"""What nginx calls the address of whoever comes through a Unix socket."""
+
+_SOCKET_PEERS = ("", SOCKET, "<local>", "localhost", "0.0.0.0")
+"""What servers have for its address: gunicorn, cheroot, granian and a2wsgi nothing, Werkzeug
+``<local>``, waitress ``localhost``, uWSGI ``0.0.0.0``; with the protocols uwsgi and FastCGI it is
+what nginx says. No host on a network has one of these."""
+
 
 class TrustedProxies:
     """The proxies whose X-Forwarded-For is believed; true if there are any. For any thread.
 
     Args:
-        ranges: Addresses and CIDR ranges, such as ``["127.0.0.1", "10.0.0.0/8"]``.
+        ranges: Addresses and CIDR ranges, such as ``["127.0.0.1", "10.0.0.0/8"]``, and `SOCKET`
+            for all that comes through a Unix socket.
 
     Raises:
-        ConfigError: One of them is neither an address nor a range.
+        ConfigError: One of them is none of these.
     """
 
     def __init__(self, ranges: Sequence[str]) -> None:
-        self._networks = tuple(_network(text) for text in ranges)
+        self._has_socket = SOCKET in ranges
+        self._networks = tuple(_network(text) for text in ranges if text != SOCKET)
         # A cache of the instance: one of the class would keep every instance alive.
         self._trusts = lru_cache(_CACHED)(self._look_up)
 
     def __bool__(self) -> bool:
-        return bool(self._networks)
+        return self._has_socket or bool(self._networks)
 
     def __contains__(self, address: str | None) -> bool:
         """Tell whether a normalised address is that of a trusted proxy; False for None."""
         return address is not None and bool(self._networks) and self._trusts(address)
 
-    def client(self, peer: str | None, forwarded_for: str) -> str | None:
+    def trusts(self, peer: str) -> bool:
+        """Tell whether whoever opened the connection is a trusted proxy.
+
+        Args:
+            peer: Its address as the server gives it, which for a Unix socket is none.
+        """
+        return normalise(peer) in self or (self._has_socket and peer in _SOCKET_PEERS)
+
+    def client(self, peer: str, forwarded_for: str) -> str | None:
         """Find the address of the client behind the trusted proxies.
 
         Each proxy appends the address it was called from. So X-Forwarded-For is read from its right
         end, and only as far as trusted proxies wrote it: anybody can make up the rest.
 
         Args:
-            peer: Address of whoever opened the connection, as the server gives it; None: unknown.
+            peer: Address of whoever opened the connection, as the server gives it.
             forwarded_for: The X-Forwarded-For header, ``""`` if absent; only its last 2048
                 characters are looked at.
 
         Returns:
             The first address from the right that is not trusted; the left-most if all are; the
             last good one when an entry is no address. The peer when it is not trusted itself. All
-            normalised; None when the peer is unknown.
+            normalised; None when that is no address.
         """
-        nearest = normalise(peer) if peer is not None else None
-        if nearest not in self:
+        nearest = None if peer in _SOCKET_PEERS else normalise(peer)
+        if not self.trusts(peer):
             return nearest
         kept = forwarded_for[-_MAX_FORWARDED_FOR:]
         if len(forwarded_for) > _MAX_FORWARDED_FOR:
             # The first entry may be cut: "203.0.113.9" to "3.0.113.9", which is another address.
             kept = kept.partition(",")[2]
         for entry in reversed(kept.split(",")):
-            address = normalise(entry)
+            bare = entry.strip()
+            # Nothing between two commas is no entry (RFC 9110, 5.6.1).
+            if not bare or (self._has_socket and bare == SOCKET):
+                continue
+            address = normalise(bare)
             if address is None:
                 break
             nearest = address
@@ -92,5 +114,6 @@ def _network(text: object) -> IPv4Network | IPv6Network:
                 return IPv4Network((base, network.prefixlen - 96))
             return network
     raise ConfigError(
-        f"TRACK_USAGE_TRUSTED_PROXIES must hold addresses or CIDR ranges, not {shown(text)}"
+        "TRACK_USAGE_TRUSTED_PROXIES must hold addresses, CIDR ranges or 'unix:', "
+        f"not {shown(text)}"
     )

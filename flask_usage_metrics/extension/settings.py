@@ -337,7 +337,9 @@ KEYS: dict[str, Key] = {
         _anything,
         is_secret=True,
     ),
-    "TRACK_USAGE_TRUSTED_PROXIES": Key((), "a list of addresses or CIDR ranges", _trusted_proxies),
+    "TRACK_USAGE_TRUSTED_PROXIES": Key(
+        (), "a list of addresses, CIDR ranges and 'unix:'", _trusted_proxies
+    ),
     "TRACK_USAGE_USE_FREEGEOIP": Key(False, "True or False", _flag),
     "TRACK_USAGE_FREEGEOIP_ENDPOINT": Key(
         None, "a URL that starts with http or None", _url, is_secret=True

@@ -23,7 +23,7 @@ from flask_usage_metrics.records.observation import ENVIRON_KEYS
 def test_texts_are_those_of_the_keys_in_their_order(environ: dict[str, Any]) -> None:
     texts = environ_texts(environ, ("HTTP_CF_IPCOUNTRY",))
     keys = (*ENVIRON_KEYS, "HTTP_CF_IPCOUNTRY")
-    assert texts == tuple(str(environ.get(key, "")) for key in keys)
+    assert texts == tuple("" if environ.get(key) is None else str(environ[key]) for key in keys)
 
 
 @pytest.mark.parametrize("missing", [None, "REMOTE_ADDR"])

@@ -65,7 +65,7 @@ def track(**config: Any) -> None:
         ("REDACT", ["iban", "-"], "must hold parts of names with a letter or digit, not '-'"),
         ("REDACT", {"iban": 1}, "must be a list of parts of names"),
         ("RESPECT_GPC", 2, "must be True or False, not 2"),
-        ("TRUSTED_PROXIES", ["nobody"], "must hold addresses or CIDR ranges, not 'nobody'"),
+        ("TRUSTED_PROXIES", ["nobody"], "addresses, CIDR ranges or 'unix:', not 'nobody'"),
     ],
 )
 def test_a_wrong_value_is_named(key: str, value: Any, message: str) -> None:
