@@ -18,11 +18,12 @@ from werkzeug.wsgi import ClosingIterator, FileWrapper
 
 from flask_usage_metrics.capture.context import RequestContext
 from flask_usage_metrics.capture.observer import Observer
-from flask_usage_metrics.capture.reading import MAX_JSON_BYTES, encode_json, environ_texts
+from flask_usage_metrics.capture.reading import MAX_JSON_BYTES, environ_texts
 from flask_usage_metrics.capture.response_head import LENGTHS, STATUSES
 from flask_usage_metrics.capture.track_var import TRACK_VAR
 from flask_usage_metrics.capture.visitor_cookie import Headers
 from flask_usage_metrics.records.observation import Extras, Observation
+from flask_usage_metrics.runtime.json_values import encode_json
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment

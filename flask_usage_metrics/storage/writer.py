@@ -11,6 +11,7 @@ from typing import Any, cast
 from flask_usage_metrics.errors import ConfigError, RecordsRejected
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.storage.compat import as_dict
+from flask_usage_metrics.storage.given import as_record
 from flask_usage_metrics.storage.hooks import as_hooks, set_up_hooks
 from flask_usage_metrics.summarization import Summation
 
@@ -71,12 +72,36 @@ class Writer:
         """Take the constructor's arguments; for subclasses."""
 
     def store(self, data: dict[str, Any]) -> Any:
-        """Keep one record, a dict as `as_dict` makes it; for subclasses. See `write` for errors."""
-        raise NotImplementedError(f"{type(self).__name__} overrides neither store nor write")
+        """Keep one record, a dict as `given.as_record` takes it; for subclasses.
 
-    def __call__(self, data: dict[str, Any]) -> Any:
-        """Keep one record at once; the same as `store`."""
-        return self.store(data)
+        Raises:
+            Exception: It is not kept; see `write`, and `given.as_record`.
+        """
+        if type(self).write is Writer.write:
+            raise NotImplementedError(f"{type(self).__name__} overrides neither store nor write")
+        self.write([as_record(data)])
+        return data
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Keep one record at once, in the caller's thread, and call the hooks.
+
+        As code and hooks for flask-track-usage do. It can be read when this returns, and is not
+        counted at ``/metrics``.
+
+        Args:
+            data: See `given.as_record`; it stays as it is. With the ``id`` of a record that is kept
+                already, that one stays.
+
+        Returns:
+            What was given.
+
+        Raises:
+            Exception: As `store` raises, or a hook: then the record is kept.
+        """
+        self.store(data)
+        for function in self._functions:
+            function(**{**data, **self._parent()})
+        return data
 
     def write(self, batch: Sequence[UsageRecord]) -> None:
         """Keep a batch; called by one thread at a time, never by a request's; may block.

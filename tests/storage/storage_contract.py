@@ -24,6 +24,7 @@ from flask_usage_metrics.records.query import (
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.records.summary import BUCKETS, Summary, summarize_records
 from flask_usage_metrics.storage import Storage
+from flask_usage_metrics.storage.compat import as_dict
 from flask_usage_metrics.summarization import (
     SUMMATIONS,
     Summation,
@@ -56,6 +57,11 @@ HOSTILE = [
 ]
 
 
+KEYS_OF_FLASK_TRACK_USAGE = {
+    *("url", "user_agent", "server_name", "blueprint", "view_args", "status", "remote_addr"),
+    *("xforwardedfor", "authorization", "ip_info", "path", "speed", "date", "content_length"),
+    *("request", "url_args", "username", "track_var"),
+}
 # Sum, what of the record it is by, what a row names that.
 SUMS = [
     ("sumUrl", "url", "url"),
@@ -911,6 +917,58 @@ class StorageContract(StorageCore):
         assert seconds(limit=3, page=4) == []
         assert seconds(limit=3, page=0) == seconds(limit=3, page=-5) == [6, 5, 4]
         assert seconds(limit=0) == []
+
+    # -- flask-track-usage's way of writing -----------------------------------------------------
+
+    def test_a_dict_it_is_called_with_is_kept_at_once(self, storage: Storage) -> None:
+        record = make_record(track_var={"a": [1]}, ip_info={"b": None}, username="ann")
+        data = as_dict(record)
+        assert storage(data) is data
+        assert list(storage.records()) == [record]
+        assert data.keys() == as_dict(record).keys()
+        storage(data)
+        storage.write([record])
+        assert list(storage.records()) == [record]
+        # As flask-track-usage made it: of another request each time.
+        for field in UsageRecord.__struct_fields__:
+            if field not in KEYS_OF_FLASK_TRACK_USAGE:
+                del data[field]
+        storage(data)
+        storage.store(data)
+        first, second, third = storage.get_usage()
+        assert first == second == third
+        assert len({kept.id for kept in storage.records()}) == 3
+        other = next(kept for kept in storage.records() if kept.id != record.id)
+        assert (other.method, other.scheme, other.query) == ("GET", "https", "tab=orders")
+
+    def test_an_item_of_get_usage_can_be_kept_again(self, storage: Storage) -> None:
+        storage.write([make_record(track_var={"a": [1]}, view_args={"name": "é"}, username="ann")])
+        [item] = storage.get_usage()
+        storage(item)
+        assert storage.get_usage() == [item, item]
+
+    @pytest.mark.parametrize("keys", [(), ("url",), ("path", "status"), ("date", "track_var")])
+    def test_some_keys_are_a_record(self, storage: Storage, keys: tuple[str, ...]) -> None:
+        whole = as_dict(make_record(track_var={"a": 1}))
+        data = {key: whole[key] for key in keys}
+        before = datetime.now(UTC)
+        storage(data)
+        [record] = storage.records()
+        [item] = storage.get_usage()
+        assert storage.count() == storage.count(status=200 if "status" in keys else 0) == 1
+        assert item["url"] == (data.get("url") or f"://{data.get('path', '')}")
+        assert item["track_var"] == ('{"a": 1}' if "track_var" in keys else None)
+        if "date" in keys:
+            assert record.started_at == START
+        else:
+            assert before <= record.started_at <= datetime.now(UTC)
+
+    def test_a_dict_that_cannot_be_kept_is_an_error_of_the_caller(self, storage: Storage) -> None:
+        for data in ({"status": "fine"}, {"date": "soon"}, {"speed": float("nan")}):
+            with pytest.raises((ValueError, TypeError)):
+                storage(data)
+        storage.is_of_app = True
+        assert storage.count() == 0
 
     @given(
         records=st.lists(visits(), max_size=40),

@@ -328,6 +328,45 @@ def test_what_the_set_up_of_a_hook_raises_is_raised() -> None:
         Own(hooks=[Unhappy])
 
 
+def test_a_storage_that_is_called_keeps_the_dict_then_calls_its_hooks(
+    make_storage: Callable[..., Storage],
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def hook(**data: Any) -> None:
+        assert kept(storage) == ["/x"]
+        calls.append(data)
+
+    def broken(**data: Any) -> None:
+        raise LookupError
+
+    storage = make_storage(hooks=[hook, broken])
+    data = {"path": "/x", "mine": 1}
+    with pytest.raises(LookupError):
+        storage(data)
+    parent = {"_parent_class_name": type(storage).__name__, "_parent_self": storage}
+    assert calls == [{"path": "/x", "mine": 1, **parent}]
+    assert data == {"path": "/x", "mine": 1}
+
+
+def test_a_hook_and_a_function_may_pass_records_on_to_other_storages(
+    tmp_path: Path, make_site: Callable[..., Site]
+) -> None:
+    copies = [JSONLinesStorage(tmp_path / f"{name}.jsonl") for name in ("hook", "function")]
+
+    def hook(**data: Any) -> None:
+        copies[0](data)
+
+    first = JSONLinesStorage(tmp_path / "first.jsonl", hooks=hook)
+    site = make_site([first, lambda data: copies[1](data)])
+    visit(site, 3)
+    records = site.records()
+    assert len(records) == 3
+    for copy in copies:
+        assert list(copy.records()) == records
+    assert site.faults() == {}
+
+
 def test_an_instance_of_a_sum_is_the_sum() -> None:
     assert sumUrl() is sumUrl
     Own(hooks=[sumUrl(), sumGeo()])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from helpers.front_door import Site
 from helpers.records import START, make_record, make_records
+from storage_contract import KEYS_OF_FLASK_TRACK_USAGE
 
 from flask_usage_metrics.errors import ConfigError, RecordsRejected
 from flask_usage_metrics.records.query import Every, Filter, Order
@@ -25,12 +26,6 @@ from flask_usage_metrics.storage.output import OutputWriter
 from flask_usage_metrics.storage.printer import PrintStorage, PrintWriter
 from flask_usage_metrics.storage.sql import SQLStorage
 from flask_usage_metrics.storage.writer import CallableWriter
-
-KEYS_OF_FLASK_TRACK_USAGE = {
-    *("url", "user_agent", "server_name", "blueprint", "view_args", "status", "remote_addr"),
-    *("xforwardedfor", "authorization", "ip_info", "path", "speed", "date", "content_length"),
-    *("request", "url_args", "username", "track_var"),
-}
 
 # -- print --------------------------------------------------------------------------------------
 
