@@ -63,6 +63,26 @@ def test_what_was_planned_is_done_once(tmp_path: Path) -> None:
     assert site.usage.storage.count() == 2
 
 
+def test_rows_of_flask_track_usage_are_respelled_when_told_to(tmp_path: Path) -> None:
+    make_old(tmp_path / "usage.sqlite3")
+    with plain(tmp_path / "usage.sqlite3") as connection:
+        for browser in ("chrome", "firefox", "google"):
+            connection.execute("INSERT INTO flask_usage (ua_browser) VALUES (?)", [browser])
+    site = Site(tmp_path)
+    planned = migrate(site.app, "--plan", "--respell").stdout.splitlines()
+    assert planned[-1] == "  respell the rows of flask-track-usage"
+    assert tables(tmp_path / "usage.sqlite3") == ["flask_usage"]
+    migrate(site.app)
+    change = "  respell 2 row(s) of flask-track-usage\n"
+    assert migrate(site.app).stdout == "sqlite: up to date\n"
+    assert migrate(site.app, "--plan", "--respell").stdout == f"sqlite: to do\n{change}"
+    assert migrate(site.app, "--respell").stdout == f"sqlite: done\n{change}"
+    assert migrate(site.app, "--respell").stdout == "sqlite: up to date\n"
+    with plain(tmp_path / "usage.sqlite3") as connection:
+        rows = connection.execute("SELECT ua_browser FROM flask_usage ORDER BY id").fetchall()
+    assert rows == [(None,), ("Chrome",), ("Firefox",), ("google",)]
+
+
 def test_each_sql_storage_is_upgraded_and_one_that_fails_is_told(tmp_path: Path) -> None:
     first, second = tmp_path / "first.sqlite3", tmp_path / "second.sqlite3"
     with plain(first) as connection:

@@ -18,10 +18,13 @@ from alembic.migration import MigrationContext
 from helpers.process import start_python
 from helpers.records import START, make_record
 
+from flask_usage_metrics.enrich.clients import describe
+from flask_usage_metrics.enrich.clients.browsers import BROWSERS, PLATFORMS
 from flask_usage_metrics.errors import StorageUnavailable
 from flask_usage_metrics.storage import open_storage
-from flask_usage_metrics.storage.sql import SQLStorage
+from flask_usage_metrics.storage.sql import SQLStorage, old_rows
 from flask_usage_metrics.storage.sql.dialects import open_dialect
+from flask_usage_metrics.storage.sql.old_rows import respell
 from flask_usage_metrics.storage.sql.schema import Component, Schema, Step
 from flask_usage_metrics.storage.sql.storage import VERSION
 from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, KEY, TEXT, Index
@@ -193,6 +196,90 @@ def test_rows_of_flask_track_usage_that_still_runs_are_kept(database: str) -> No
         # Without an id, before what has one in the same second.
         assert [record.path for record in storage.records()][3:] == ["/late", "/user/ann"]
         assert next(storage.records(order="newest")).path == "/user/ann"
+
+
+def test_rows_of_flask_track_usage_are_spelled_as_ours_when_told_to(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(old_rows, "_AT_ONCE", 2)
+    make_old(database)
+    odd = {
+        "ua_browser": "safari",
+        "ua_version": "17.5.1",
+        "ua_platform": "iphone",
+        "view_args": "null",
+        "remote_addr": "::ffff:203.0.113.7",
+        "ip_info": '{"city": "Caf\\u00e9", "zip": 123456789012345678901}',
+        "track_var": '{"cut": "o',
+    }
+    robot = {"ua_browser": "google", "ua_version": "2.1", "track_var": "[1, 2]"}
+    lone = {"ua_browser": "safari", "ua_platform": "android", "track_var": '{"a":  "\\ud800"}'}
+    with opened(database) as storage:
+        ours = make_record(browser="chrome", browser_version="1.5", track_var={"a": 1})
+        storage.write([ours])
+        table = storage.track_table
+        with connected(database) as connection:
+            # One at a time: each has other columns.
+            for row in (odd, robot, lone):
+                connection.execute(sa.insert(table).values(row | {"datetime": MOMENT}))
+        assert respell(storage.database, table, only_count=True) == 5
+        assert respell(storage.database, table) == 5
+        assert respell(storage.database, table) == 0
+        query = sa.select(*(table.c[name] for name in (*odd, "record_id"))).order_by(table.c.id)
+        with connected(database) as connection:
+            rows = [tuple(row) for row in connection.execute(query)]
+        assert (
+            rows[:3]
+            == [("Chrome", None, None, '{"name":"ann"}', "203.0.113.7", None, '{"a":1}', None)] * 3
+        )
+        assert rows[3][:2] == ("chrome", "1.5")
+        city = '{"city":"Café","zip":123456789012345678901}'
+        assert rows[4:] == [
+            ("Safari", "17", "iOS", None, "203.0.113.7", city, '{"cut": "o', None),
+            ("google", "2.1", None, None, None, None, "[1, 2]", None),
+            ("Android Browser", None, "Android", None, None, None, lone["track_var"], None),
+        ]
+        assert next(storage.records(order="newest")) == ours
+
+
+# What Werkzeug 2.0.3 told of these, which flask-track-usage stored, cut to 16 characters.
+WERKZEUG = [
+    ("Windows NT 10.0) {0} Chrome/139.0.0.0 Safari/537.36", "chrome 139.0.0.0 windows"),
+    (
+        "Windows NT 10.0) {0} Chrome/139.0 Safari/537 Edg/139.0.3405.86",
+        "edge 139.0.3405 windows",
+    ),
+    ("Windows NT 10.0; rv:139.0) Gecko/20100101 Firefox/139.0", "firefox 139.0 windows"),
+    ("Windows NT 10.0; Trident/7.0; rv:11.0) like Gecko", "msie 11.0 windows"),
+    ("Windows NT 10.0) {0} Chrome/138.0 Safari/537.36 OPR/122.0.0.0", "opera 122.0.0.0 windows"),
+    ("Macintosh; Intel Mac OS X 10_15_7) {0} Version/18.5 Safari/605.1", "safari 18.5 macos"),
+    (
+        "iPhone; CPU iPhone OS 18_5 like Mac OS X) {0} Version/18.5 Mobile/15E Safari/6",
+        "safari 18.5 iphone",
+    ),
+    ("iPad; CPU OS 17_6 like Mac OS X) {0} Version/17.6 Mobile/15E Safari/6", "safari 17.6 ipad"),
+    ("iPhone; CPU iPhone OS 18_5 like Mac OS X) {0} CriOS/139.0 Safari/6", "chrome 139.0 iphone"),
+    ("Linux; Android 10; K) {0} Chrome/139.0.0.0 Safari/537", "chrome 139.0.0.0 android"),
+    ("Linux; U; Android 4.4.2; de-de) {0} Version/4.0 Safari/534.30", "safari 4.0 android"),
+    ("X11; Linux x86_64; rv:139.0) Gecko/20100101 Firefox/139.0", "firefox 139.0 linux"),
+    ("X11; CrOS x86_64 14541.0.0) {0} Chrome/138.0.0.0 Safari/537.36", "chrome 138.0.0.0 chromeos"),
+    ("X11; FreeBSD amd64; rv:128.0) Gecko/20100101 Firefox/128.0", "firefox 128.0 freebsd"),
+]
+
+
+@pytest.mark.parametrize(("agent", "told"), WERKZEUG, ids=[told for _, told in WERKZEUG])
+def test_a_browser_is_spelled_as_it_would_be_now(agent: str, told: str) -> None:
+    client = describe("Mozilla/5.0 (" + agent.format("AppleWebKit/537.36 (KHTML, like Gecko)"))
+    names = ("ua_browser", "ua_version", "ua_platform")
+    row = dict.fromkeys(("view_args", "ip_info", "track_var", "remote_addr"))
+    row |= dict(zip(names, told.split(), strict=True))
+    spelled = old_rows.spelled(row)
+    assert [spelled[name] for name in names] == [client.browser, client.version, client.platform]
+
+
+def test_every_name_of_a_browser_and_platform_is_one_of_ours() -> None:
+    assert set(old_rows.BROWSERS.values()) <= BROWSERS
+    assert set(old_rows.PLATFORMS.values()) <= PLATFORMS
 
 
 def test_what_a_plan_says_is_what_is_done(database: str) -> None:

@@ -68,6 +68,10 @@ class SQLStorage(Storage):
             tells its engine in an app context only, create the storage in one, or call `bind_app`.
         hooks: See `Writer`.
 
+    Attributes:
+        table_name: Name of the table.
+        track_table: Its description, for queries of one's own, as in flask-track-usage.
+
     Raises:
         ConfigError: There is neither engine nor db, or it is not for one of these databases.
     """
@@ -85,7 +89,8 @@ class SQLStorage(Storage):
         """Take the constructor's arguments; `Writer` has taken the hooks."""
         if engine is None and db is None:
             raise ConfigError("SQLStorage needs an engine or db, a Flask-SQLAlchemy object")
-        self._table = describe(table_name, metadata)
+        self.table_name = table_name
+        self.track_table = self._table = describe(table_name, metadata)
         self._sums = RollupTables(self._table)
         self._has_pruned = False
         self.database = Database(
