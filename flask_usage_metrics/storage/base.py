@@ -247,8 +247,12 @@ class Storage(Writer):
 
         Raises:
             StorageUnavailable: The storage cannot be read now.
+            TypeError: A subclass's ``_get_usage`` returns something else than a list of dicts.
         """
-        return self._get_usage(start_date, end_date, limit, page)
+        items = self._get_usage(start_date, end_date, limit, page)
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise TypeError(f"{type(self).__name__}._get_usage must return a list of dicts")
+        return items
 
     def _get_usage(
         self,
