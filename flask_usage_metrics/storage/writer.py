@@ -104,7 +104,10 @@ class Writer:
         return data
 
     def write(self, batch: Sequence[UsageRecord]) -> None:
-        """Keep a batch; called by one thread at a time, never by a request's; may block.
+        """Keep a batch; may block.
+
+        Called by one thread at a time of each app it is given to, never by a request's; and by that
+        of a caller of the storage itself (see `__call__`).
 
         If a record with the same id is kept already, it must stay as it is.
 

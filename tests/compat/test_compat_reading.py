@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from helpers.old_app import FIREFOX, Shop, user
 
 from flask_usage_metrics import summarization
 from flask_usage_metrics.storage import Storage
 from flask_usage_metrics.storage.jsonl import JSONLinesStorage
+from flask_usage_metrics.storage.sql import SQLStorage
 from flask_usage_metrics.summarization import sumLanguage, sumRemote, sumServer, sumUrl
 
 
@@ -44,10 +47,28 @@ def test_get_usage_is_a_list_of_dicts_as_documented(
     }
 
 
-@pytest.fixture
-def filled(make_storage: Callable[..., Storage]) -> Storage:
+@pytest.fixture(scope="module", params=["sql", "jsonl"])
+def make_kept(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Storage]]:
+    """Make storages that are only read from by more than one test."""
+    with ExitStack() as stack:
+
+        def make(**options: Any) -> Storage:
+            folder = tmp_path_factory.mktemp("kept")
+            if request.param == "jsonl":
+                return JSONLinesStorage(folder / "usage.jsonl", **options)
+            engine = sa.create_engine(f"sqlite:///{folder}/usage.sqlite3")
+            stack.callback(engine.dispose)
+            return SQLStorage(engine, **options)
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def filled(make_kept: Callable[..., Storage]) -> Storage:
     """A storage with seven records, of one second each, from noon on."""
-    storage = make_storage()
+    storage = make_kept()
     for second in range(7):
         date = int((NOON + timedelta(seconds=second) - datetime(1970, 1, 1)).total_seconds())  # noqa: DTZ001
         storage({"url": f"http://h/{second}", "path": f"/{second}", "date": date, "status": 200})
@@ -81,10 +102,10 @@ def test_get_usage_takes_its_arguments_by_position(filled: Storage) -> None:
     assert [item["path"] for item in filled.get_usage(NOON, NOON, 1, 1)] == ["/0"]
 
 
-@pytest.fixture
-def summed(make_storage: Callable[..., Storage]) -> Storage:
+@pytest.fixture(scope="module")
+def summed(make_kept: Callable[..., Storage]) -> Storage:
     """The four requests of its own test of sums: two of an hour apart, a day, a month later."""
-    storage = make_storage(hooks=[sumUrl, sumRemote, sumLanguage, sumServer])
+    storage = make_kept(hooks=[sumUrl, sumRemote, sumLanguage, sumServer])
     for date in SUMMED:
         seconds = int((date - datetime(1970, 1, 1)).total_seconds())  # noqa: DTZ001
         storage(

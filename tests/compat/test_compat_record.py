@@ -34,9 +34,10 @@ RECORD = {
 }
 
 
-@pytest.fixture
-def data(shop: Shop) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a storage is given of one request that has everything."""
+    shop = Shop(tmp_path_factory.mktemp("shop"))
     shop.app.add_url_rule("/user/<name>", "user", user)
     headers = {
         "User-Agent": FIREFOX,
@@ -44,6 +45,7 @@ def data(shop: Shop) -> dict[str, Any]:
         "Accept-Language": "de",
     }
     shop.get("/user/ann?q=1&q=2&empty=", headers=headers, auth=("ann", "s3cret"))
+    shop.usage.close()
     return shop.data()
 
 

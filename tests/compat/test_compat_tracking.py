@@ -160,7 +160,7 @@ def test_freegeoip_asks_the_endpoint_and_keeps_its_answer(
 ) -> None:
     Geography.asked.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Geography)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_address[1]}{template}"
     try:
         shop = make_shop(USE_FREEGEOIP=True, FREEGEOIP_ENDPOINT=endpoint)
