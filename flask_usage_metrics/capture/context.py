@@ -84,6 +84,10 @@ class RequestContext:
         """Call a function of the app with the request's span current; return its result."""
         return work(*arguments) if self._trace is None else self._trace.run(work, *arguments)
 
+    def enter(self) -> Callable[[], None] | None:
+        """Make the request's span the current one; return what ends that, None if nothing need."""
+        return None if self._trace is None else self._trace.enter()
+
     def learn(self, routed: Request, environ: WSGIEnvironment) -> None:
         """Read user and API client, once, and join a span that was started meanwhile.
 

@@ -171,7 +171,7 @@ class Exchange:
                 self._sent += sum(map(len, body))
                 self.finish()
                 return body
-            if _is_file(body, environ):
+            if is_sent_as_file(body, environ):
                 # Not wrapped, so that the server recognises its own class and uses sendfile.
                 self._sent = self._expected or 0
                 self.finish()
@@ -252,6 +252,16 @@ class Exchange:
         """Tell whether this is an exchange of the observer's app."""
         return self._observer is observer
 
+    def is_routed(self) -> bool:
+        """Tell whether Flask has begun to answer the request, or has ended."""
+        environ = self._environ
+        return (
+            environ is None
+            or self._request is not None
+            # Werkzeug's test client leaves a request of another class there.
+            or isinstance(environ.get("werkzeug.request"), Request)
+        )
+
     def leave_to_another(self) -> None:
         """Count nothing here, as an app mounted in ours is called; unless ours answers as well."""
         if self._is_left is None:
@@ -272,10 +282,11 @@ class Exchange:
         return self._observer.scope.tracks(None if rule is None else rule.endpoint, environ)
 
     def fail(self, error: BaseException) -> None:
-        """End the exchange with status 500, which the server answers to the exception."""
-        self._status = "500"
+        """End the exchange with the status that is answered to an exception: mostly 500."""
+        status = self._observer.status_of(error)
+        self._status = str(status)
         self._sent = 0
-        self.exception = type(error).__name__
+        self.exception = None if status < 500 else type(error).__name__
         self.finish()
 
     def finish(self) -> None:
@@ -358,7 +369,7 @@ class Exchange:
         self._observer.faults.report(part, error, "it is left out of a record")
 
 
-def _is_file(body: Iterable[bytes], environ: WSGIEnvironment) -> bool:
+def is_sent_as_file(body: Iterable[bytes], environ: WSGIEnvironment) -> bool:
     """Tell whether the server may send the body from a file (PEP 3333, wsgi.file_wrapper)."""
     wrapper = environ.get("wsgi.file_wrapper")
     if isinstance(body, FileWrapper) or (isinstance(wrapper, type) and isinstance(body, wrapper)):

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask, got_request_exception, request, request_finished, request_started
 
+from flask_usage_metrics.capture.context import RequestContext
 from flask_usage_metrics.capture.exchange import Exchange
+from flask_usage_metrics.capture.http_errors import is_refusal
 from flask_usage_metrics.capture.observer import Observer
 from flask_usage_metrics.capture.track_var import TRACK_VAR
 from flask_usage_metrics.runtime.forks import FORKS
@@ -73,26 +75,49 @@ class Middleware:
         observer = self.observer
         exchange = Exchange(observer, environ, start_response)
         environ[key] = exchange
-        around = _around.get()
-        if around is not None:
-            around.leave_to_another()
-        observer.live.add(exchange)
-        if not self._is_started:
-            self._get_ready(environ)
-        if self._notice is not None:
-            self._notice()
+        context = self.enter(exchange, environ)
         try:
-            if self._reads_context:
-                context = exchange.read_context(environ)
-                if around is not None:
-                    around.hand_trace_to(context)
-                body = context.run(self._wsgi_app, environ, exchange.start_response)
-            else:
+            if context is None:
                 body = self._wsgi_app(environ, exchange.start_response)
+            else:
+                body = context.run(self._wsgi_app, environ, exchange.start_response)
         except BaseException as error:
             exchange.fail(error)
             raise
         return exchange.attach(body)
+
+    def enter(self, exchange: Exchange, environ: WSGIEnvironment) -> RequestContext | None:
+        """Count a request from now on, by the exchange that has begun for it.
+
+        Returns:
+            Where the facts are kept that need Flask's context; None if the app asks for none.
+        """
+        around = _around.get()
+        if around is not None:
+            around.leave_to_another()
+        self.observer.live.add(exchange)
+        if not self._is_started:
+            self._get_ready(environ)
+        if self._notice is not None:
+            self._notice()
+        if not self._reads_context:
+            return None
+        context = exchange.read_context(environ)
+        if around is not None:
+            around.hand_trace_to(context)
+        return context
+
+    def exchange_of(self, environ: WSGIEnvironment) -> Exchange | None:
+        """Return the exchange of the app's request that has this environ; None if it has none.
+
+        A middleware may have handed on an environ of its own, with or without our key.
+        """
+        exchange: Exchange | None = environ.get(self.key)
+        if exchange is None:
+            exchange = _around.get()
+            if exchange is not None and not exchange.is_by(self.observer):
+                return None
+        return exchange
 
     def _call_around(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -121,28 +146,21 @@ class Middleware:
         # Last: concurrent first requests come here too, and wait in start() for the journal.
         self._is_started = True
 
-    def _current(self) -> Exchange | None:
-        """Return the exchange of the request whose context is alive; None if it has none."""
-        exchange: Exchange | None = request.environ.get(self.key)
-        if exchange is None:  # perhaps a middleware handed on an environ of its own
-            exchange = _around.get()
-            if exchange is not None and not exchange.is_by(self.observer):
-                return None
-        return exchange
-
     def _on_started(self, _app: Flask, **_: Any) -> None:
-        exchange = self._current()
+        exchange = self.exchange_of(request.environ)
         if exchange is not None:
             exchange.route(request._get_current_object())  # type: ignore[attr-defined]
 
     def _on_exception(self, _app: Flask, exception: BaseException, **_: Any) -> None:
-        exchange = self._current()
+        exchange = self.exchange_of(request.environ)
         if exchange is not None:
-            exchange.exception = type(exception).__name__
+            # Some extensions send the signal for each 404 they answer.
+            if not is_refusal(exception):
+                exchange.exception = type(exception).__name__
             exchange.learn(request._get_current_object())  # type: ignore[attr-defined]
 
     def _on_finished(self, _app: Flask, **_: Any) -> None:
-        exchange = self._current()
+        exchange = self.exchange_of(request.environ)
         if exchange is not None:
             exchange.learn(request._get_current_object())  # type: ignore[attr-defined]
 

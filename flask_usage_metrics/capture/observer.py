@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from flask import Flask, Request
 
+from flask_usage_metrics.capture import http_errors
 from flask_usage_metrics.capture.context import ContextReader
 from flask_usage_metrics.capture.scope import Scope
 from flask_usage_metrics.records.observation import Observation
@@ -87,6 +88,17 @@ class Observer:
         self.headers = headers
         self.faults = faults
         self.live = live
+
+    def status_of(self, error: BaseException) -> int:
+        """Return the status that is answered to an exception that leaves the app.
+
+        The server answers 500. An app that both traps and propagates its HTTP exceptions has
+        somebody around it who answers them, as Connexion does.
+        """
+        config = self._app.config
+        if config.get("TRAP_HTTP_EXCEPTIONS") and config.get("PROPAGATE_EXCEPTIONS"):
+            return http_errors.status_of(error) or 500
+        return 500
 
     def match(self, environ: WSGIEnvironment) -> Request | None:
         """Route a request that ended before its route was learned, as Flask would have.

@@ -11,6 +11,7 @@ from flask import Flask, Response, request
 from prometheus_client import CollectorRegistry
 
 from flask_usage_metrics.capture import track_var
+from flask_usage_metrics.capture.bypass import Bypass
 from flask_usage_metrics.capture.context import ContextReader
 from flask_usage_metrics.capture.middleware import Middleware
 from flask_usage_metrics.capture.observer import LiveExchanges, Observer
@@ -173,6 +174,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
     middleware = Middleware(app, observer, start=_start(pipeline))
     track_var.install(app)
     app.wsgi_app = middleware.wsgi_app  # type: ignore[method-assign]
+    Bypass(app, middleware)
     tracking = Tracking(
         owner=owner,
         given_storage=storage,

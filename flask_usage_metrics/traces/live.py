@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from opentelemetry import context as otel_context
@@ -194,6 +195,19 @@ class RequestTrace:
             return work(*arguments)
         finally:
             otel_context.detach(token)
+
+    def enter(self) -> Callable[[], None] | None:
+        """Make our span the current one, where there is no function to `run`.
+
+        Returns:
+            To be called in the same thread and context when that is over; None if the span is not
+            ours.
+        """
+        return (
+            None
+            if self._context is None
+            else partial(otel_context.detach, otel_context.attach(self._context))
+        )
 
     def learn(self, environ: WSGIEnvironment, endpoint: str | None) -> None:
         """Join the span that another instrumentation has started, and set our attributes on it.
