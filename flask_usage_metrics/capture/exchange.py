@@ -19,6 +19,7 @@ from werkzeug.wsgi import ClosingIterator, FileWrapper
 from flask_usage_metrics.capture.context import RequestContext
 from flask_usage_metrics.capture.observer import Observer
 from flask_usage_metrics.capture.reading import MAX_JSON_BYTES, environ_texts
+from flask_usage_metrics.capture.request_body import CountedInput, count_input, is_announced
 from flask_usage_metrics.capture.response_head import LENGTHS, STATUSES
 from flask_usage_metrics.capture.track_var import TRACK_VAR
 from flask_usage_metrics.capture.visitor_cookie import Headers
@@ -57,6 +58,8 @@ class Exchange:
         "_context",
         "_environ",
         "_expected",
+        "_first_ns",
+        "_input",
         "_is_left",
         "_next",
         "_observer",
@@ -85,6 +88,9 @@ class Exchange:
         self._status = ""
         self._expected: int | None = None
         self._sent = 0
+        # Nanoseconds until the first byte of a body that is handed over piece by piece.
+        self._first_ns: int | None = None
+        self._input: CountedInput | None = None
         self._ready: Iterator[bytes] | None = None
         self.exception: str | None = None
 
@@ -92,6 +98,10 @@ class Exchange:
         """Begin to read the facts that need Flask's request context; return where they are kept."""
         self._context = RequestContext(self._observer.context_reader, environ, self._started_ns)
         return self._context
+
+    def count_input(self, environ: WSGIEnvironment) -> None:
+        """Count what is read of the request's body."""
+        self._input = count_input(environ)
 
     # ---------------------------------------------------------------- called by Flask
 
@@ -130,6 +140,8 @@ class Exchange:
 
     def write(self, data: bytes) -> object:
         """Pass bytes on to the server (PEP 3333, the write callable of old applications)."""
+        if data and not self._sent:
+            self._first_ns = perf_counter_ns() - self._clock
         self._sent += len(data)
         return self._write(data)
 
@@ -202,6 +214,8 @@ class Exchange:
             self._ready = iter((chunk,))
             if sent >= expected:
                 self.finish()
+            elif sent and self._first_ns is None:
+                self._first_ns = perf_counter_ns() - self._clock
         return self
 
     def __iter__(self) -> Iterator[bytes]:
@@ -224,8 +238,11 @@ class Exchange:
             else:  # not even the status was sent (PEP 3333), so the server answers 500
                 self.fail(error)
             raise
-        self._sent += len(chunk)
-        if self._expected is not None and self._sent >= self._expected:
+        sent = self._sent
+        if not sent and chunk:
+            self._first_ns = perf_counter_ns() - self._clock
+        self._sent = sent = sent + len(chunk)
+        if self._expected is not None and sent >= self._expected:
             self.finish()
         return chunk
 
@@ -286,6 +303,7 @@ class Exchange:
         status = self._observer.status_of(error)
         self._status = str(status)
         self._sent = 0
+        self._first_ns = None
         self.exception = None if status < 500 else type(error).__name__
         self.finish()
 
@@ -317,6 +335,8 @@ class Exchange:
                         self._report_too_large("view_args")
                 if (
                     self._context is not None
+                    or self._input is not None
+                    or self._first_ns is not None
                     or self.exception is not None
                     or "HTTP_AUTHORIZATION" in environ
                     or TRACK_VAR in environ
@@ -345,7 +365,7 @@ class Exchange:
             self._environ = self._request = None
 
     def _extras(self, environ: WSGIEnvironment, routed: Request | None) -> Extras:
-        peer = username = consumer = track_var = visitor = trace = None
+        peer = username = consumer = track_var = visitor = trace = received = None
         authorization = False
         if routed is not None and "HTTP_AUTHORIZATION" in environ:
             authorization, username = self._observer.context_reader.users.authorized(routed)
@@ -360,8 +380,19 @@ class Exchange:
             if len(track_var) > MAX_JSON_BYTES:
                 track_var = None
                 self._report_too_large("track_var")
+        if self._input is not None:
+            received = self._input.count or (0 if is_announced(environ) else None)
         return Extras(
-            peer, self.exception, authorization, username, track_var, visitor, consumer, trace
+            peer,
+            self.exception,
+            authorization,
+            username,
+            track_var,
+            visitor,
+            consumer,
+            trace,
+            received,
+            self._first_ns,
         )
 
     def _report_too_large(self, part: str) -> None:

@@ -92,6 +92,12 @@ class Middleware:
         Returns:
             Where the facts are kept that need Flask's context; None if the app asks for none.
         """
+        if (
+            "CONTENT_LENGTH" in environ
+            or "HTTP_TRANSFER_ENCODING" in environ
+            or environ.get("REQUEST_METHOD") != "GET"
+        ):
+            exchange.count_input(environ)
         around = _around.get()
         if around is not None:
             around.leave_to_another()

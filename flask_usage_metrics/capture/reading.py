@@ -44,7 +44,6 @@ def environ_texts(environ: WSGIEnvironment, headers: tuple[str, ...]) -> tuple[s
             environ["PATH_INFO"],
             environ["QUERY_STRING"],
             environ["SERVER_PROTOCOL"],
-            environ["CONTENT_LENGTH"] if "CONTENT_LENGTH" in environ else "",
             environ["REMOTE_ADDR"],
             environ["HTTP_X_FORWARDED_FOR"] if "HTTP_X_FORWARDED_FOR" in environ else "",
             environ["HTTP_USER_AGENT"] if "HTTP_USER_AGENT" in environ else "",

@@ -16,9 +16,6 @@ MAX_INT = 2**63 - 1
 _MAX_LABEL = 512
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
-_MOST_DIGITS = 15
-"""Digits of a Content-Length that is believed: a float has it exactly, and ten thousand of them can
-be added up in 64 bits. Anybody may send the number, and never the bytes."""
 _MAX_QUEUE_SECONDS = 300.0
 """Seconds a request may have waited; who is still there after more? Proxies give up much earlier
 (nginx's proxy_read_timeout: 60 seconds)."""
@@ -71,11 +68,6 @@ def json_object(encoded: bytes) -> dict[str, Any]:
         value = without_nul(value)
     # The app may have put something else in place of the dict.
     return value if isinstance(value, dict) else {"value": value}
-
-
-def content_length(text: str) -> int | None:
-    """Return a Content-Length header as a number; None if it is none of up to 15 digits."""
-    return int(text) if len(text) <= _MOST_DIGITS and text.isascii() and text.isdecimal() else None
 
 
 def queue_seconds(text: str, started_ns: int) -> float | None:

@@ -15,7 +15,6 @@ from flask_usage_metrics.enrich.caller_fields import CALLER, Callers, nameless
 from flask_usage_metrics.enrich.cleaning import (
     MAX_INT,
     app_text,
-    content_length,
     decode,
     json_object,
     label,
@@ -37,7 +36,6 @@ _LATEST = 253_402_300_799.0  # the last second of the year 9999, the last one th
 
 # Positions in an observation's environ.
 _TEXTS = len(ENVIRON_KEYS)
-_CONTENT_LENGTH = ENVIRON_KEYS.index("CONTENT_LENGTH")
 _USER_AGENT = ENVIRON_KEYS.index("HTTP_USER_AGENT")
 _REFERRER = ENVIRON_KEYS.index("HTTP_REFERER")
 _REQUEST_START = ENVIRON_KEYS.index("HTTP_X_REQUEST_START")
@@ -143,7 +141,7 @@ class Enricher:
             view_args = view_args.copy() if target.nested is None else decode(target.nested)
         policy = self._policy
         visitor = username = ip_info = referrer = exception = trace_id = span_id = None
-        consumer = parent_span_id = None
+        consumer = parent_span_id = received = first_byte_seconds = None
         authorization = False
         track_var: dict[str, Any] = {}
         if extras is not None:
@@ -162,6 +160,9 @@ class Enricher:
                 trace = extras.trace
                 trace_id, span_id = trace.trace_id, trace.span_id
                 parent_span_id = trace.parent_span_id
+            received = extras.bytes_received
+            if extras.first_byte_ns is not None:
+                first_byte_seconds = extras.first_byte_ns / 1e9
         if headers and "1" in headers[self._sources :]:
             visitor = username = None
             caller = nameless(caller)
@@ -178,7 +179,6 @@ class Enricher:
                 ip_info = policy.ip_info(answer.ip_info)
         if texts[_REFERRER]:
             referrer = self._referrers[texts[_REFERRER]]
-        length = texts[_CONTENT_LENGTH]
         queued = texts[_REQUEST_START]
         # By position, in the order of the fields: see "Enrichment" in tests/benchmarks/README.md.
         return UsageRecord(
@@ -190,7 +190,7 @@ class Enricher:
             seen.status,
             exception,
             seen.bytes_sent if seen.bytes_sent <= MAX_INT else MAX_INT,
-            content_length(length) if length else None,
+            received,
             caller.remote_addr,
             caller.forwarded_for,
             answer.country,
@@ -208,6 +208,7 @@ class Enricher:
             origin.process,
             consumer,
             parent_span_id,
+            first_byte_seconds,
         )
 
     def _headers(self, texts: tuple[str, ...], origin: Origin) -> tuple[str, ...]:

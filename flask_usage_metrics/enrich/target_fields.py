@@ -12,7 +12,7 @@ from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.records.observation import ENVIRON_KEYS
 from flask_usage_metrics.runtime.caches import TwoGenerationCache
 
-TARGET = slice(ENVIRON_KEYS.index("CONTENT_LENGTH"))
+TARGET = slice(ENVIRON_KEYS.index("REMOTE_ADDR"))
 """The texts of an observation's environ from which a target is made."""
 
 TargetKey = tuple[tuple[str, ...], str | None, str | None, bytes | None]

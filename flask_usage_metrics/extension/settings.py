@@ -363,7 +363,8 @@ KEYS: dict[str, Key] = {
     ),
     "TRACK_USAGE_SLO": Key(
         None,
-        "a dict of ratios between 0 and 1, or of pairs of such a ratio and seconds, or None",
+        "a dict of ratios between 0 and 1, of pairs of such a ratio and seconds, or of dicts of "
+        "ratio, seconds, endpoints and exclude, or None",
         _objectives,
     ),
     "TRACK_USAGE_BUFFER_RECORDS": Key(10_000, "a positive int", _positive_int),

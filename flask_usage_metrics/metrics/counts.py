@@ -109,7 +109,9 @@ class Counts:
             new = clients.new or clients.start()
             new[0] += 1
             for objective in objectives:
-                self._events.new_numbers(objective.event(record))[0] += 1
+                event = objective.event(record)
+                if event is not None:
+                    self._events.new_numbers(event)[0] += 1
             if record.consumer is not None:
                 status = requests.values[2]
                 labels = (record.consumer, status)

@@ -30,7 +30,7 @@ _FIRST_BYTES = 64 * 1024
 """How much of the ring is allocated at first: an app that answers some requests, as one of a test
 does, needs no more."""
 
-_MAGIC = b"FUMJRNL2"
+_MAGIC = b"FUMJRNL3"
 _HEADER_BYTES = 4096
 _HEADER = struct.Struct("=8sQQQQI")  # magic, size, tail, head, committed, length of the origin
 _TAIL, _HEAD, _COMMITTED = 2, 3, 4  # positions among the header's words of 64 bits

@@ -12,7 +12,6 @@ ENVIRON_KEYS = (
     "PATH_INFO",
     "QUERY_STRING",
     "SERVER_PROTOCOL",
-    "CONTENT_LENGTH",
     "REMOTE_ADDR",
     "HTTP_X_FORWARDED_FOR",
     "HTTP_USER_AGENT",
@@ -55,6 +54,9 @@ class Extras(msgspec.Struct, frozen=True, array_like=True, gc=False):
         visitor: Identifier in the visitor's cookie, brought or set: 32 hexadecimal digits.
         consumer: Name of the API client.
         trace: Trace and span; None if not traced.
+        bytes_received: Bytes that were read of the request's body; None where there was none.
+        first_byte_ns: Nanoseconds until the first byte of the body was handed to the server, of a
+            response that was handed over piece by piece.
     """
 
     peer: str | None = None
@@ -65,6 +67,8 @@ class Extras(msgspec.Struct, frozen=True, array_like=True, gc=False):
     visitor: str | None = None
     consumer: str | None = None
     trace: Trace | None = None
+    bytes_received: int | None = None
+    first_byte_ns: int | None = None
 
 
 # gc=False: it holds no cycle, and thousands of them would keep the garbage collector busy.

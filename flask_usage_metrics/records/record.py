@@ -32,8 +32,10 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
         view_args: Arguments of the view, as JSON values; None when no route matched.
         status: HTTP status code that was sent; 0 when it is not a number.
         exception: Class name of the exception that no error handler answered.
-        bytes_sent: Bytes of the response's body handed to the server.
-        bytes_received: Content-Length of the request; None when not given.
+        bytes_sent: Bytes of the response's body handed to the server. A file that the server sends
+            by itself (``wsgi.file_wrapper``) counts whole, however much of it the client takes.
+        bytes_received: Bytes of the request's body that were read, whatever its Content-Length
+            claims; None when no body was announced, nor read.
         remote_addr: Normalised address of the client.
         forwarded_for: The X-Forwarded-For header as it came.
         country: ISO 3166-1 alpha-2 code, upper case.
@@ -58,6 +60,8 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
         process: ``"host:pid"`` of the process that answered.
         consumer: Name of the API client on whose behalf the request was made.
         parent_span_id: Span of the caller, if it sent one.
+        first_byte_seconds: Seconds until the first byte of the body was handed to the server, of a
+            stream: a response that was handed over piece by piece. None of any other.
     """
 
     id: str
@@ -101,6 +105,7 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
     # With a default, so that what older versions wrote can be read.
     consumer: str | None = None
     parent_span_id: str | None = None
+    first_byte_seconds: float | None = None
 
     @property
     def is_server_error(self) -> bool:

@@ -29,6 +29,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         errors: Number of these with a 5xx status (`UsageRecord.is_server_error`).
         bytes_sent: Bytes of the responses' bodies.
         duration_seconds_sum: Seconds the requests took, added up.
+        streams: Number of these that were answered by a stream (`UsageRecord.first_byte_seconds`).
+        first_byte_seconds_sum: Seconds until the first byte of these streams, added up.
         p50: Median of the duration in seconds, estimated inside its bucket as Prometheus does.
         p95: 95th percentile, likewise.
         p99: 99th percentile, likewise.
@@ -48,6 +50,19 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     p99: float
     visitors: int | None = None
     rolled_up: bool = False
+    streams: int = 0
+    first_byte_seconds_sum: float = 0.0
+
+
+class Sums(msgspec.Struct):
+    """The sums of a group, as `Summary` names them."""
+
+    requests: int = 0
+    errors: int = 0
+    bytes_sent: int = 0
+    duration_seconds_sum: float = 0.0
+    streams: int = 0
+    first_byte_seconds_sum: float = 0.0
 
 
 def summarize_records(
@@ -63,17 +78,21 @@ def summarize_records(
     Memory grows with the number of groups, not of records; with `visitors` also with the number of
     different visitors of each group.
     """
-    sums: dict[tuple[Any, ...], _Sums] = {}
+    groups: dict[tuple[Any, ...], _Group] = {}
     for record in records:
         start = truncate(record.started_at, every) if every else None
         key = (start, *(_group_value(record, field) for field in fields))
-        group = sums.get(key)
+        group = groups.get(key)
         if group is None:
-            group = sums[key] = _Sums([0] * (len(bounds) + 1), set())
-        group.requests += 1
-        group.errors += record.is_server_error
-        group.bytes_sent += record.bytes_sent
-        group.duration_seconds_sum += record.duration_seconds
+            group = groups[key] = _Group(Sums(), [0] * (len(bounds) + 1), set())
+        sums = group.sums
+        sums.requests += 1
+        sums.errors += record.is_server_error
+        sums.bytes_sent += record.bytes_sent
+        sums.duration_seconds_sum += record.duration_seconds
+        if record.first_byte_seconds is not None:
+            sums.streams += 1
+            sums.first_byte_seconds_sum += record.first_byte_seconds
         group.counts[bisect_left(bounds, record.duration_seconds)] += 1
         if visitors and record.visitor is not None:
             group.visitors.add(record.visitor)
@@ -81,12 +100,12 @@ def summarize_records(
         make_summary(
             dict(zip(fields, key[1:], strict=True)),
             key[0],
-            (group.requests, group.errors, group.bytes_sent, group.duration_seconds_sum),
+            group.sums,
             group.counts,
             bounds,
             len(group.visitors) if visitors else None,
         )
-        for key, group in sums.items()
+        for key, group in groups.items()
     ]
     return sorted(summaries, key=summary_order)
 
@@ -96,19 +115,16 @@ def _group_value(record: UsageRecord, field: str) -> Any:
     return OTHER_METHOD if field == "method" and value not in METHODS else value
 
 
-class _Sums(msgspec.Struct):
+class _Group(msgspec.Struct):
+    sums: Sums
     counts: list[int]
     visitors: set[str]
-    requests: int = 0
-    errors: int = 0
-    bytes_sent: int = 0
-    duration_seconds_sum: float = 0.0
 
 
 def make_summary(
     group: dict[str, Any],
     start: datetime | None,
-    sums: tuple[int, int, int, float],
+    sums: Sums,
     counts: Sequence[int],
     bounds: Sequence[float],
     visitors: int | None = None,
@@ -120,20 +136,16 @@ def make_summary(
     Args:
         group: The value of each field grouped by.
         start: Start of the period, aware UTC, or None.
-        sums: Requests, errors, bytes sent, duration in seconds.
+        sums: Of its records.
         counts: See `quantile`.
         bounds: See `quantile`.
         visitors: Number of different visitors; None when it was not asked for.
         rolled_up: See `Summary`.
     """
-    requests, errors, bytes_sent, duration_seconds_sum = sums
     return Summary(
         group=group,
         start=start,
-        requests=requests,
-        errors=errors,
-        bytes_sent=bytes_sent,
-        duration_seconds_sum=duration_seconds_sum,
+        **msgspec.structs.asdict(sums),
         p50=quantile(0.5, counts, bounds),
         p95=quantile(0.95, counts, bounds),
         p99=quantile(0.99, counts, bounds),

@@ -81,7 +81,8 @@ class JSONLinesStorage(Storage):
         for record in batch:
             # These could be written, but not read again as they were: JSON has no infinity
             # (msgspec writes null), and a naive time compares with no other.
-            if not (isfinite(record.duration_seconds) and isfinite(record.queue_seconds or 0.0)):
+            optional = (record.queue_seconds or 0.0) + (record.first_byte_seconds or 0.0)
+            if not isfinite(record.duration_seconds + optional):
                 raise ValueError("a duration is not finite")
             if record.started_at.tzinfo is None:
                 raise ValueError("started_at has no time zone")

@@ -33,6 +33,50 @@ class TestStreams:
         record = site.only_record()
         assert record.bytes_sent == 16
         assert record.duration_seconds >= 0.08
+        assert 0.02 <= (record.first_byte_seconds or 0) < record.duration_seconds - 0.04
+
+    @pytest.mark.parametrize("length", [None, 4])
+    def test_its_first_byte_is_not_that_of_an_empty_chunk(
+        self, site: Site, length: int | None
+    ) -> None:
+        @site.app.get("/")
+        def stream() -> Response:
+            def chunks() -> Iterator[bytes]:
+                yield b""
+                time.sleep(0.02)
+                yield b"12"
+                yield b"34"
+
+            response = Response(chunks())
+            response.content_length = length
+            return response
+
+        assert site.get().data == b"1234"
+        assert (site.only_record().first_byte_seconds or 0) >= 0.02
+
+    def test_only_they_have_a_first_byte(self, site: Site) -> None:
+        def empty() -> Response:
+            return Response(iter([]))
+
+        def fails() -> Response:
+            def chunks() -> Iterator[bytes]:
+                raise BrokenStream
+                yield b""
+
+            return Response(chunks())
+
+        def at_once() -> Response:
+            return Response(iter([b"1234"]), headers={"Content-Length": "4"})
+
+        views = {"page": lambda: "page", "empty": empty, "fails": fails, "at_once": at_once}
+        for name, view in views.items():
+            site.app.add_url_rule(f"/{name}", name, view)
+        for name in ("page", "empty", "at_once", "nowhere"):
+            site.get(f"/{name}")
+        with pytest.raises(BrokenStream):
+            site.get("/fails")
+        site.request("/page", method="HEAD")
+        assert [record.first_byte_seconds for record in site.records()] == [None] * 6
 
     def test_that_breaks_half_way_has_the_status_that_was_sent(self, site: Site) -> None:
         @site.app.get("/")

@@ -32,6 +32,7 @@ def test_a_request_is_one_record_with_all_that_is_known(site: Site) -> None:
     @site.app.post("/user/<name>")
     def user(name: str) -> tuple[str, int]:
         g.track_var["plan"] = "free"
+        assert request.get_data() == b"12345678"
         return "hello", 201
 
     before = time.time()

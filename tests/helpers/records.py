@@ -58,6 +58,7 @@ def make_record(**overrides: Any) -> UsageRecord:
         "process": "web1:4711",
         "consumer": None,
         "parent_span_id": None,
+        "first_byte_seconds": None,
     }
     return UsageRecord(**(fields | overrides))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import Flask, abort
+from flask import Blueprint, Flask, Response, abort, request
 from helpers.front_door import Site
 from helpers.process import until
 from helpers.servers import Gunicorn
@@ -140,7 +140,13 @@ app.add_url_rule("/pid", "pid", lambda: str(os.getpid()))
         {"latency": (0.99, 0)},
         {"latency": (0.99, float("nan"))},
         {"latency": (0.99, float("inf"))},
-        {"latency": {"ratio": 0.99}},
+        {"latency": {"seconds": 0.5}},
+        {"latency": {"ratio": 99, "seconds": 0.5}},
+        {"latency": {"ratio": 0.99, "seconds": -1}},
+        {"latency": {"ratio": 0.99, "endpoints": [7]}},
+        {"latency": {"ratio": 0.99, "endpoints": [""]}},
+        {"latency": {"ratio": 0.99, "exclude": None}},
+        {"latency": None},
         {"": 0.9},
         {"two words": 0.9},
         {"x" * 65: 0.9},
@@ -152,6 +158,89 @@ def test_what_cannot_be_meant_is_an_error_at_set_up(wrong: Any) -> None:
     app.config["TRACK_USAGE_SLO"] = wrong
     with pytest.raises(ConfigError, match=r"^TRACK_USAGE_SLO must be a dict of ratios"):
         TrackUsage(app, [], registry=CollectorRegistry())
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"endpoints": []}, "is about no request: it leaves out all its endpoints (none)"),
+        ({"exclude": ["*"]}, "is about no request: it leaves out all its endpoints (*)"),
+        (
+            {"endpoints": ["shop.cart", "shop.*"], "exclude": "shop.*"},
+            "is about no request: it leaves out all its endpoints (shop.cart, shop.*)",
+        ),
+        ({"endpoint": ["a"]}, "has an unknown key 'endpoint': expected ratio, seconds, endpoints"),
+    ],
+)
+def test_an_objective_that_is_about_nothing_is_told_by_its_name(
+    told: dict[str, Any], message: str
+) -> None:
+    app = Flask("shop")
+    app.config["TRACK_USAGE_SLO"] = {"fine": 0.9, "quick": {"ratio": 0.9, **told}}
+    with pytest.raises(ConfigError) as raised:
+        TrackUsage(app, [], registry=CollectorRegistry())
+    assert str(raised.value).startswith(f"TRACK_USAGE_SLO: the objective 'quick' {message}")
+
+
+def test_an_objective_is_about_the_endpoints_it_names(make_site: Callable[..., Site]) -> None:
+    among = {"ratio": 0.9, "endpoints": ["shop.*", "index"], "exclude": ["shop.admin.*"]}
+    site = make_site(
+        SLO={
+            "all": 0.9,
+            "shop": among,
+            "quick": {**among, "seconds": 5},
+            "others": {"ratio": 0.9, "exclude": "shop.*"},
+        },
+        TESTING=False,
+    )
+    shop, admin = Blueprint("shop", "shop"), Blueprint("admin", "admin")
+    places = {"index": site.app, "cart": shop, "list": admin, "shopping": site.app}
+    for name, place in places.items():
+        place.add_url_rule(f"/{name}", name, lambda: ("", 500))
+    shop.register_blueprint(admin)
+    site.app.register_blueprint(shop)
+    for path in ("/index", "/cart", "/list", "/shopping", "/nowhere"):
+        site.get(path)
+    assert events(site) == {
+        ("all", "good"): 1,
+        ("all", "bad"): 4,
+        ("shop", "good"): 0,
+        ("shop", "bad"): 2,
+        ("quick", "good"): 2,
+        ("quick", "bad"): 0,
+        ("others", "good"): 1,
+        ("others", "bad"): 2,
+    }
+
+
+def test_a_stream_is_as_quick_as_its_first_byte(make_site: Callable[..., Site]) -> None:
+    site = make_site(SLO={"quick": (0.9, 0.15)})
+    waits: list[float] = []
+
+    @site.app.get("/")
+    def stream() -> Response:
+        first, then = waits
+
+        def chunks() -> Iterator[bytes]:
+            time.sleep(first)
+            yield b"1234"
+            time.sleep(then)
+            yield b"5678"
+
+        return Response(chunks(), headers={"Content-Length": "8"} if "l" in request.args else {})
+
+    for waits[:] in ([0.0, 0.2], [0.2, 0.0]):
+        for path in ("/", "/?l"):
+            assert site.get(path).data == b"12345678"
+    assert events(site) == {("quick", "good"): 2, ("quick", "bad"): 2}
+    quick, late = site.records()[:2], site.records()[2:]
+    assert all(0 < (one.first_byte_seconds or 0) < 0.15 for one in quick)
+    assert all(0.2 <= (one.first_byte_seconds or 0) <= one.duration_seconds for one in late)
+    assert all(one.duration_seconds >= 0.2 for one in (*quick, *late))
+    (summary,) = site.usage.storage.summarize(())
+    assert (summary.requests, summary.streams) == (4, 4)
+    firsts = sum(one.first_byte_seconds or 0 for one in (*quick, *late))
+    assert summary.first_byte_seconds_sum == pytest.approx(firsts)
 
 
 def test_it_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,7 @@ def any_records() -> st.SearchStrategy[UsageRecord]:
         trace_id=maybe,
         span_id=maybe,
         queue_seconds=st.none() | seconds,
+        first_byte_seconds=st.none() | seconds,
         app=st.sampled_from(["shop", "blog"]),
         process=texts,
         consumer=maybe,
@@ -240,6 +241,8 @@ def same(summaries: list[Summary]) -> list[Any]:
             summary.errors,
             summary.bytes_sent,
             pytest.approx(summary.duration_seconds_sum, rel=1e-9),
+            summary.streams,
+            pytest.approx(summary.first_byte_seconds_sum, rel=1e-9),
             summary.p50,
             summary.p95,
             summary.p99,
@@ -289,6 +292,7 @@ class StorageCore:
             track_var={"a": {"b": {"c": [True, False, 2**62, -1, 1e300, 0.1]}}},
             authorization=True,
             queue_seconds=0.25,
+            first_byte_seconds=0.125,
             bytes_received=7,
             exception="ValueError",
             started_at=datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
@@ -329,10 +333,19 @@ class StorageCore:
             {"duration_seconds": float("nan")},
             {"duration_seconds": float("inf")},
             {"queue_seconds": float("nan")},
+            {"first_byte_seconds": float("inf")},
             {"track_var": {"x": object()}},
             {"started_at": datetime(2026, 1, 1)},  # noqa: DTZ001 - naive is the point
         ],
-        ids=["surrogate", "nan", "infinity", "nan elsewhere", "no JSON", "naive time"],
+        ids=[
+            "surrogate",
+            "nan",
+            "infinity",
+            "nan elsewhere",
+            "infinity elsewhere",
+            "no JSON",
+            "naive time",
+        ],
     )
     def test_what_cannot_be_kept_raises_and_nothing_of_the_batch_is_kept(
         self, storage: Storage, poison: dict[str, Any]
@@ -856,6 +869,14 @@ class StorageContract(StorageCore):
         assert summary.p50 == pytest.approx(0.005 + 0.005 * (2.5 - 1) / 2)
         assert summary.p95 == summary.p99 == 10.0
         assert summary.duration_seconds_sum == pytest.approx(sum(durations))
+
+    def test_first_bytes_of_streams_are_added_up(self, storage: Storage) -> None:
+        firsts = [None, 0.25, 0.0, 2.0]
+        storage.write([make_record(first_byte_seconds=seconds) for seconds in firsts])
+        [summary] = storage.summarize(())
+        assert (summary.requests, summary.streams) == (4, 3)
+        assert summary.first_byte_seconds_sum == pytest.approx(2.25)
+        assert storage.summarize((), country="NL") == []
 
     def test_bounds_of_the_buckets_can_be_others(self, storage: Storage) -> None:
         storage.bounds = (1.0, 2.0)

@@ -82,6 +82,7 @@ def visit(moment: datetime, rng: random.Random) -> UsageRecord:
         bytes_sent=rng.choice([0, 10, 2**40]),
         username=rng.choice(["ann", "bob"]),
         visitor=rng.choice("abcdefg"),
+        first_byte_seconds=rng.choice([None, None, 0.25, 2.0]),
     )
 
 
@@ -129,6 +130,8 @@ def plain(summaries: Sequence[Summary]) -> list[Any]:
             one.errors,
             one.bytes_sent,
             pytest.approx(one.duration_seconds_sum),
+            one.streams,
+            pytest.approx(one.first_byte_seconds_sum),
             one.p50,
             one.p95,
             one.p99,

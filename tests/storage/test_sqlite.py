@@ -297,7 +297,7 @@ def test_a_time_without_a_zone_is_refused(storage: SQLStorage, others: int) -> N
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("field", ["duration_seconds", "queue_seconds"])
+@pytest.mark.parametrize("field", ["duration_seconds", "queue_seconds", "first_byte_seconds"])
 def test_a_duration_that_is_not_finite_is_refused(
     storage: SQLStorage, field: str, value: float
 ) -> None:

@@ -185,13 +185,14 @@ class Query:
 
         Returns:
             A query for rows of the period, if any; the fields; requests, errors (status 500 to
-            599), bytes sent, seconds; visitors, or null; and for each bound the number of requests
-            that took at most so long.
+            599), bytes sent, seconds, streams, seconds until their first bytes; visitors, or null;
+            and for each bound the number of requests that took at most so long.
         """
         groups = [self.group(field) for field in fields]
         if every is not None:
             groups.insert(0, self.period(every))
         status, duration = self.field("status"), self.field("duration_seconds")
+        first_byte = self.field("first_byte_seconds")
         # Only when asked for: it has the database keep each visitor of each group.
         distinct = sa.func.count(self.field("visitor").distinct()) if visitors else sa.null()
         return (
@@ -201,6 +202,8 @@ class Query:
                 sa.func.sum(sa.case((status.between(500, 599), 1), else_=0)),
                 sa.func.sum(self.field("bytes_sent")),
                 sa.func.sum(duration),
+                sa.func.count(first_byte),
+                sa.func.coalesce(sa.func.sum(first_byte), 0.0),
                 distinct,
                 *(sa.func.sum(sa.case((duration <= bound, 1), else_=0)) for bound in bounds),
             )

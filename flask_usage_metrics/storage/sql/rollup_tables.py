@@ -22,14 +22,25 @@ from flask_usage_metrics.storage.sql.table import (
     Index,
 )
 
-VERSION = 1
+VERSION = 2
 """To be raised when the columns or indexes of these tables change."""
 
 DIMENSIONS = ("endpoint", "method", "status", "country", "client")
 """Fields of the record that sums are grouped by."""
 
-SUMS = ("requests", "errors", "bytes_sent", "duration_seconds_sum")
-"""Columns of sums: requests; those with status 500 to 599; bytes of response bodies; seconds."""
+SUMS = (
+    "requests",
+    "errors",
+    "bytes_sent",
+    "duration_seconds_sum",
+    "streams",
+    "first_byte_seconds_sum",
+)
+"""Columns of sums: requests; those with status 500 to 599; bytes of response bodies; seconds;
+requests that were answered by a stream; seconds until their first byte. The last two are null in
+the sums of versions that did not know them."""
+
+_SECONDS = ("duration_seconds_sum", "first_byte_seconds_sum")
 
 MOST_BOUNDS = 31
 """Of a histogram with more bounds only every second is kept, or every third, and so on."""
@@ -121,10 +132,7 @@ def _describe(records: sa.Table, every: str, extra: Sequence[sa.Column[Any]]) ->
         *extra,
         sa.Column("bounds", INTEGER),
         *(sa.Column(field, INTEGER if field == "status" else TEXT) for field in DIMENSIONS),
-        *(
-            sa.Column(name, FLOAT if name == "duration_seconds_sum" else BIG_INTEGER)
-            for name in SUMS
-        ),
+        *(sa.Column(name, FLOAT if name in _SECONDS else BIG_INTEGER) for name in SUMS),
         *(sa.Column(name, BIG_INTEGER) for name in AT_MOST),
         schema=records.schema,
         extend_existing=True,

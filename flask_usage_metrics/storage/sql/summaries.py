@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from flask_usage_metrics.records.methods import METHODS
 from flask_usage_metrics.records.query import Every, Filter, truncate
-from flask_usage_metrics.records.summary import Summary, make_summary, summary_order
+from flask_usage_metrics.records.summary import Summary, Sums, make_summary, summary_order
 from flask_usage_metrics.storage.sql.dialects.base import Dialect, period_start
 from flask_usage_metrics.storage.sql.query import Query
 from flask_usage_metrics.storage.sql.rollup_tables import (
@@ -101,14 +101,14 @@ class Summarizer:
         return sorted(summaries, key=summary_order)
 
     def _summary(self, key: tuple[Any, ...], sums: Sequence[Any], *, rolled_up: bool) -> Summary:
-        requests, errors, bytes_sent, seconds, visitors, *at_most = sums
+        requests, errors, sent, seconds, streams, first, visitors, *at_most = sums
         start, values = (None, key) if self._every is None else (period_start(key[0]), key[1:])
         # MySQL's and PostgreSQL's sums of integers are decimals.
         upto = [0, *map(int, at_most), int(requests)]
         return make_summary(
             dict(zip(self._fields, values, strict=True)),
             start,
-            (int(requests), int(errors), int(bytes_sent), float(seconds)),
+            Sums(int(requests), int(errors), int(sent), float(seconds), int(streams), float(first)),
             [count - below for below, count in pairwise(upto)],
             self._bounds,
             visitors,
@@ -176,7 +176,12 @@ class Summarizer:
         widest = max(map(len, known.values()), default=0)
         columns = [table.c[name] for name in (*SUMS, *AT_MOST[:widest])]
         selected = (
-            sa.select(*groups, table.c.bounds, *map(sa.func.sum, columns))
+            # Null where only versions added up that did not know a column.
+            sa.select(
+                *groups,
+                table.c.bounds,
+                *(sa.func.coalesce(sa.func.sum(column), 0) for column in columns),
+            )
             .where(*conditions)
             .group_by(*groups, table.c.bounds)
         )

@@ -86,6 +86,7 @@ COLUMNS: tuple[tuple[str, sa.types.TypeEngine[Any], str], ...] = (
     ("process", TEXT, "process"),
     ("consumer", TEXT, "consumer"),
     ("parent_span_id", TEXT, "parent_span_id"),
+    ("first_byte_seconds", FLOAT, "first_byte_seconds"),
 )
 _FIELDS = UsageRecord.__struct_fields__
 _URL_FIELDS = ("scheme", "host", "root_path", "path", "query")
@@ -180,7 +181,11 @@ def to_columns(batch: Sequence[UsageRecord]) -> Columns:
         field: flat[position :: len(_FIELDS)] for position, field in enumerate(_FIELDS)
     }
     # SQLite would store NaN as null.
-    durations = chain(fields["duration_seconds"], filter(None, fields["queue_seconds"]))
+    durations = chain(
+        fields["duration_seconds"],
+        filter(None, fields["queue_seconds"]),
+        filter(None, fields["first_byte_seconds"]),
+    )
     if not all(map(isfinite, durations)):
         raise ValueError("a duration is not finite")
     parts = zip(*map(fields.__getitem__, _URL_FIELDS), strict=True)
