@@ -79,10 +79,12 @@ class Callers(TwoGenerationCache[CallerKey, Caller]):
         return self._country_lookup.locate_now(address, headers, is_trusted)
 
     def _caller(self, key: CallerKey) -> Caller:
-        (remote_addr, forwarded_for, user_agent, language), peer = key
+        (remote_addr, forwarded_for, agent, language), peer = key
+        user_agent, _, hints = agent.partition("\n")
+        brands, _, platform = hints.partition("\n")
         address, is_trusted = self._whence(remote_addr, forwarded_for, peer)
         policy, country_lookup = self._policy, self._country_lookup
-        client = clients.describe(user_agent)
+        client = clients.describe(user_agent, brands, platform)
         return Caller(
             address,
             is_trusted,

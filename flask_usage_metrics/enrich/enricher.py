@@ -170,8 +170,11 @@ class Enricher:
             visitor = username = None
         else:
             if visitor is None and self._identifies:
+                agent = texts[_USER_AGENT]
+                if "\n" in agent:
+                    agent = agent.partition("\n")[0]
                 visitor = self._visitors.identify(
-                    seen.started_ns / 1e9, caller.address, texts[_USER_AGENT], target.asked_host
+                    seen.started_ns / 1e9, caller.address, agent, target.asked_host
                 )
             if username is not None:
                 username = policy.username(app_text(username))

@@ -20,7 +20,9 @@ ENVIRON_KEYS = (
     "HTTP_X_REQUEST_START",
 )
 """Keys of a WSGI environ whose values begin `Observation.environ`, in this order. In place of an
-empty Host it has the server's own name, and X-Queue-Start if there is no X-Request-Start."""
+empty Host it has the server's own name, and X-Queue-Start if there is no X-Request-Start; behind
+the User-Agent the lines of Sec-CH-UA and Sec-CH-UA-Platform, if the former came: no header has a
+line feed."""
 
 
 class Trace(msgspec.Struct, frozen=True, array_like=True):

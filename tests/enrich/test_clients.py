@@ -9,14 +9,10 @@ from helpers.process import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_usage_metrics.enrich.clients import Client, browsers, describe, kinds, language
-from flask_usage_metrics.enrich.clients.browsers import (
-    BROWSERS,
-    PLATFORMS,
-    consult_ua_parser,
-    sniff,
-)
-from flask_usage_metrics.enrich.clients.kinds import KINDS, kind_of
+from flask_usage_metrics.enrich.clients import Client, describe, kinds, language, parser
+from flask_usage_metrics.enrich.clients.browsers import BROWSERS, PLATFORMS, Sniffed, sniff
+from flask_usage_metrics.enrich.clients.kinds import KINDS, kind_of, named_kinds
+from flask_usage_metrics.enrich.clients.parser import parse
 
 needs_ua_parser = pytest.mark.skipif(
     importlib.util.find_spec("ua_parser_rs") is None, reason="the extra [ua] is not installed"
@@ -276,13 +272,114 @@ def ids(text):
 
 @pytest.mark.parametrize(("header", "expected"), BROWSER_HEADERS.items(), ids=ids)
 def test_the_sniffer_knows_the_browsers_people_use(header, expected):
-    assert sniff(header) == expected
+    assert sniff(header)[:3] == expected
 
 
 @needs_ua_parser
 @pytest.mark.parametrize(("header", "expected"), BROWSER_HEADERS.items(), ids=ids)
 def test_ua_parser_answers_in_the_same_words(header, expected):
-    assert consult_ua_parser(header) == expected
+    assert parse(header)[:3] == expected
+
+
+# Kind, browser, version, platform, source, header.
+REAL = [
+    tuple(None if value == "-" else value for value in line.split("\t"))
+    for line in (Path(__file__).parent / "user_agents.tsv").read_text("ascii").splitlines()
+    if not line.startswith("#")
+]
+
+
+def test_real_headers_are_many_and_of_every_kind():
+    assert len({header for *_, header in REAL}) == len(REAL) >= 300
+    assert {kind for kind, *_ in REAL} == set(KINDS)
+
+
+@pytest.mark.parametrize("tell", [sniff, pytest.param(parse, marks=needs_ua_parser)])
+def test_real_headers_are_told(tell):
+    wrong = []
+    for kind, browser, version, platform, _, header in REAL:
+        told = tell(header)[:3] if kind == "human" else (None, None, None)
+        if (kind_of(header), *told) != (kind, browser, version, platform):
+            wrong.append((header, kind_of(header), told))
+    assert wrong == []
+
+
+def test_real_headers_are_described():
+    wrong = [
+        header
+        for kind, browser, version, platform, _, header in REAL
+        if describe(header) != Client(browser, version, platform, kind)
+    ]
+    assert wrong == []
+
+
+BRANDS = '"Chromium";v="142", "{brand}";v="{version}", "Not_A Brand";v="99"'
+WINDOWS_CHROME = f"{WINDOWS} {WEBKIT} Chrome/142.0.0.0 Safari/537.36"
+DESKTOP_SITE = f"Mozilla/5.0 (X11; Linux x86_64) {WEBKIT} Chrome/142.0.0.0 Safari/537.36"
+
+
+@pytest.mark.parametrize(
+    ("header", "brands", "platform", "expected"),
+    [
+        pytest.param(
+            WINDOWS_CHROME,
+            BRANDS.format(brand="Google Chrome", version="142"),
+            '"Windows"',
+            ("Chrome", "142", "Windows"),
+            id="Chrome",
+        ),
+        pytest.param(
+            WINDOWS_CHROME,
+            BRANDS.format(brand="Brave", version="142"),
+            '"Windows"',
+            ("Brave", "142", "Windows"),
+            id="Brave",
+        ),
+        pytest.param(
+            WINDOWS_CHROME,
+            BRANDS.format(brand="Opera GX", version="123"),
+            "",
+            ("Opera", "123", "Windows"),
+            id="Opera in disguise",
+        ),
+        pytest.param(
+            DESKTOP_SITE,
+            BRANDS.format(brand="Google Chrome", version="142"),
+            '"Android"',
+            ("Chrome", "142", "Android"),
+            id="desktop site on a phone",
+        ),
+        pytest.param(
+            f"Mozilla/5.0 (Web0S; Linux/SmartTV) {WEBKIT} Chrome/120.0.0.0 Safari/537.36",
+            '"Chromium";v="120"',
+            '"Linux"',
+            ("Chrome", "120", "webOS"),
+            id="television",
+        ),
+        pytest.param(
+            f"{WINDOWS_CHROME} Edg/142.0.0.0",
+            BRANDS.format(brand="Brave", version="1"),
+            '"Nonsense"',
+            ("Edge", "142", "Windows"),
+            id="its own name holds",
+        ),
+        pytest.param(
+            WINDOWS_CHROME,
+            '"Brave";v="12345678901"\\"; x, "";v="", Brave;v=1' + ";" * 9000,
+            '"' * 9000,
+            ("Brave", "1234", "Windows"),
+            id="malformed",
+        ),
+    ],
+)
+def test_client_hints_tell_what_the_header_hides(header, brands, platform, expected):
+    assert describe(header, brands, platform) == Client(*expected, "human")
+
+
+def test_a_browser_that_a_program_drives_is_told_by_its_hints():
+    hints = BRANDS.format(brand="HeadlessChrome", version="142")
+    assert describe(WINDOWS_CHROME, hints, '"Linux"') == Client(None, None, None, "other-bot")
+    assert describe("curl/8", hints).kind == "script"
 
 
 @pytest.mark.parametrize("header", [*BROWSER_HEADERS, *OTHER_PEOPLE], ids=ids)
@@ -315,7 +412,8 @@ def test_of_two_names_the_purpose_outranks_the_tool():
 def test_people_are_described_by_ua_parser_where_it_is_installed(monkeypatch):
     header = f"{WINDOWS} {WEBKIT} Chrome/126.0.0.0 Safari/537.36 told/apart"
     monkeypatch.setattr(
-        "flask_usage_metrics.enrich.clients.sniff", lambda user_agent: pytest.fail("was sniffed")
+        "flask_usage_metrics.enrich.clients.parser.sniff",
+        lambda user_agent: Sniffed("Opera", "1", "Linux"),
     )
     assert describe(header) == Client("Chrome", "126", "Windows", "human")
 
@@ -327,8 +425,8 @@ def fail(user_agent):
 @pytest.mark.parametrize("ask", [None, fail], ids=["not installed", "failing"])
 def test_without_ua_parser_people_are_described_by_the_sniffer(monkeypatch, ask):
     header = f"{WINDOWS} {WEBKIT} Chrome/126.0.0.0 Safari/537.36 {ask}"
-    monkeypatch.setattr(browsers, "_ua_parser", lambda: ask)
-    assert consult_ua_parser(header) is None
+    monkeypatch.setattr(parser, "_ua_parser", lambda: ask)
+    assert parse(header) == sniff(header)
     assert describe(header) == Client("Chrome", "126", "Windows", "human")
 
 
@@ -338,19 +436,26 @@ def test_without_ua_parser_people_are_described_by_the_sniffer(monkeypatch, ask)
         pytest.param(("MyApp", "7", "Android"), ("Chrome", "126", "Android"), id="browser"),
         pytest.param(("Firefox", "99", "Haiku"), ("Firefox", "99", "Windows"), id="platform"),
         pytest.param((None, None, None), ("Chrome", "126", "Windows"), id="both"),
+        pytest.param(
+            ("Chrome Mobile WebView", "9", "iOS"), ("Chrome", "126", "iOS"), id="web view"
+        ),
         pytest.param(("Safari", "5a", "iOS"), ("Safari", None, "iOS"), id="version"),
         pytest.param(("Safari", "12345", "iOS"), ("Safari", None, "iOS"), id="long version"),
     ],
 )
 def test_what_ua_parser_calls_by_another_name_is_left_to_the_sniffer(monkeypatch, answer, expected):
-    monkeypatch.setattr(browsers, "_ua_parser", lambda: lambda user_agent: answer)
-    assert consult_ua_parser(f"{WINDOWS} {WEBKIT} Chrome/126.0.0.0 Safari/537.36") == expected
+    monkeypatch.setattr(parser, "_ua_parser", lambda: lambda user_agent: answer)
+    header = f"{WINDOWS} {WEBKIT} Chrome/126.0.0.0 Safari/537.36"
+    assert parse(header) == Sniffed(*expected)
+    assert parse(f"{header} Edg/126.0.0.0")[:2] == ("Edge", "126")
 
 
-@given(ANY_TEXT)
-def test_describing_never_raises_and_stays_in_the_vocabulary(header):
-    assert describe(header).kind in KINDS
-    for browser, version, platform in (sniff(header), consult_ua_parser(header) or (None,) * 3):
+@given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
+def test_describing_never_raises_and_stays_in_the_vocabulary(header, brands, platform):
+    found = describe(header, brands, platform)
+    assert found.kind in KINDS
+    told = (found.browser, found.version, found.platform)
+    for browser, version, platform in (sniff(header)[:3], parse(header)[:3], told):
         assert browser is None or browser in BROWSERS
         assert version is None or re.fullmatch("[0-9]{1,4}", version)
         assert platform is None or platform in PLATFORMS
@@ -382,19 +487,26 @@ def test_the_kinds_are_those_of_the_record():
     }
 
 
-def test_every_name_belongs_to_one_kind():
-    names = [name for text in kinds._NAMES.values() for name in text.split(",")]
-    assert len(names) == len({name.strip().lstrip("^") for name in names})
-    assert "".join(names) == "".join(names).lower()
+NAMES = [
+    line
+    for line in (Path(kinds.__file__).parent / "names.txt").read_text("ascii").splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def test_every_name_belongs_to_one_kind_and_has_a_source():
+    assert [line[1:-1] for line in NAMES if line.startswith("[")] == list(KINDS[1:-1])
+    names = [line for line in NAMES if not line.startswith("[")]
+    assert [name for name in names if not re.fullmatch(r"[^\tA-Z]+\t(a?c?|o)(?<!\t)", name)] == []
+    assert len({name.partition("\t")[0].lstrip("^") for name in names}) == len(names) > 600
 
 
 def test_a_name_is_recognised_by_itself():
     wrong = {}
-    for kind, text in kinds._NAMES.items():
-        for name in (" ".join(name.split()) for name in text.split(",")):
-            found = kind_of(f"{name.lstrip('^').upper()}/1.0 (+https://bot.example)")
-            if found != kind:
-                wrong[name] = f"{found}, not {kind}"
+    for name, kind in named_kinds().items():
+        found = kind_of(f"{name.lstrip('^').upper()}/1.0 (+https://bot.example)")
+        if found != kind:
+            wrong[name] = f"{found}, not {kind}"
     assert not wrong
 
 

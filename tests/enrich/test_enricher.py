@@ -63,6 +63,36 @@ def test_what_is_remembered_of_one_request_is_right_for_the_next(make_site: Make
     assert len({record.id for record in records}) == len(records)
 
 
+def test_client_hints_tell_the_browser_and_are_not_kept(make_site: Make) -> None:
+    site = make_site(COUNTRY=None, VISITORS="daily")
+    agent = (
+        "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) "
+        "Chrome/142.0.0.0 Safari/537.36"
+    )
+    brands = '"Chromium";v="142", "Brave";v="142", "Not_A Brand";v="99"'
+    for hints in (
+        {},
+        {"Sec-CH-UA": brands},
+        {"Sec-CH-UA": brands, "Sec-CH-UA-Platform": '"Android"'},
+        {"Sec-CH-UA-Platform": '"Android"'},
+    ):
+        site.get(headers={"User-Agent": agent, **hints})
+    site.get(headers={"User-Agent": "", "Sec-CH-UA": brands})
+    *records, nameless = site.records()
+    assert [(record.browser, record.platform) for record in records] == [
+        ("Chrome", "Linux"),
+        ("Brave", "Linux"),
+        ("Brave", "Android"),
+        ("Chrome", "Linux"),
+    ]
+    assert {(record.client, record.user_agent, record.browser_version) for record in records} == {
+        ("human", agent, "142")
+    }
+    assert len({record.visitor for record in records}) == 1
+    assert (nameless.client, nameless.user_agent) == ("other-bot", None)
+    site.assert_agrees()
+
+
 class Spoiler(Writer):
     """Changes what it is handed, as nobody should."""
 

@@ -6,18 +6,19 @@ from functools import lru_cache
 
 import msgspec
 
-from flask_usage_metrics.enrich.clients.browsers import consult_ua_parser, sniff
+from flask_usage_metrics.enrich.clients import kinds, parser
+from flask_usage_metrics.enrich.clients.hints import improve, is_headless
 from flask_usage_metrics.enrich.clients.kinds import kind_of
 from flask_usage_metrics.enrich.clients.languages import language
 
-__all__ = ["Client", "describe", "kind", "language"]
+__all__ = ["Client", "describe", "kind", "language", "load"]
 
-_MAX_USER_AGENT = 512
+_MAX_HEADER = 512
 _CACHED = 4096
 
 
 class Client(msgspec.Struct, frozen=True):
-    """A client by its User-Agent header.
+    """A client by its headers.
 
     Attributes:
         browser: One of `browsers.BROWSERS`; None when unknown. Always None for a bot, as are
@@ -33,30 +34,47 @@ class Client(msgspec.Struct, frozen=True):
     kind: str
 
 
-def describe(user_agent: str | None) -> Client:
-    """Return the client that a User-Agent header belongs to.
+def load() -> None:
+    """Read all data files, once a process: some 0.1 s with ua-parser; others return at once.
 
-    The first call for a person's browser may take some 50 ms, when ua-parser loads its rules.
+    Raises:
+        OSError: One cannot be read; the next call, or the first header, tries again.
+        MemoryError: Likewise.
+    """
+    kinds.load()
+    parser.load()
+
+
+def describe(user_agent: str | None, brands: str = "", platform: str = "") -> Client:
+    """Return the client that sent some headers, of each of which 512 characters are looked at.
 
     Args:
-        user_agent: The User-Agent header; its first 512 characters are looked at. None or blank:
-            an ``other-bot``, since every browser sends one and nothing tells which program this is.
+        user_agent: The User-Agent header. None or blank: an ``other-bot``, since every browser
+            sends one and nothing tells which program this is.
+        brands: The Sec-CH-UA header; ``""`` if absent.
+        platform: The Sec-CH-UA-Platform header; ``""`` if absent.
+
+    Raises:
+        OSError: As `load`.
+        MemoryError: As `load`.
     """
-    return _describe((user_agent or "")[:_MAX_USER_AGENT])
+    return _describe((user_agent or "")[:_MAX_HEADER], brands[:_MAX_HEADER], platform[:_MAX_HEADER])
 
 
 def kind(user_agent: str) -> str:
-    """Return the kind of client alone; quicker than all, as it never loads ua-parser's rules."""
-    return _kind(user_agent[:_MAX_USER_AGENT])
+    """Return the kind of client alone, by the User-Agent header; quicker than all."""
+    return _kind(user_agent[:_MAX_HEADER])
 
 
 _kind = lru_cache(_CACHED)(kind_of)
 
 
 @lru_cache(_CACHED)
-def _describe(user_agent: str) -> Client:
+def _describe(user_agent: str, brands: str, platform: str) -> Client:
     found = _kind(user_agent)
+    if found == "human" and is_headless(brands):
+        found = "other-bot"
     if found != "human":
         return Client(None, None, None, found)
-    browser, version, platform = consult_ua_parser(user_agent) or sniff(user_agent)
-    return Client(browser, version, platform, found)
+    parsed = improve(parser.parse(user_agent), brands, platform)
+    return Client(parsed.browser, parsed.version, parsed.platform, found)
