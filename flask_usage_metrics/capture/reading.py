@@ -23,7 +23,8 @@ _SUBSTITUTES = ("SERVER_NAME", "SERVER_PORT", "HTTP_X_QUEUE_START")
 """Read in place of an empty Host, and of a missing X-Request-Start."""
 
 
-_AGENT = ("HTTP_USER_AGENT", "HTTP_SEC_CH_UA", "HTTP_SEC_CH_UA_PLATFORM")
+_HINTS = ("HTTP_SEC_CH_UA", "HTTP_SEC_CH_UA_PLATFORM")
+"""Read behind the User-Agent, if the first of them came."""
 
 
 def environ_texts(environ: WSGIEnvironment, headers: tuple[str, ...]) -> tuple[str, ...]:
@@ -49,7 +50,8 @@ def environ_texts(environ: WSGIEnvironment, headers: tuple[str, ...]) -> tuple[s
             environ["SERVER_PROTOCOL"],
             environ["REMOTE_ADDR"],
             environ["HTTP_X_FORWARDED_FOR"] if "HTTP_X_FORWARDED_FOR" in environ else "",
-            _agent(environ)
+            f"{environ['HTTP_USER_AGENT']}\n{environ['HTTP_SEC_CH_UA']}"
+            f"\n{environ['HTTP_SEC_CH_UA_PLATFORM']}"
             if "HTTP_SEC_CH_UA" in environ
             else environ["HTTP_USER_AGENT"]
             if "HTTP_USER_AGENT" in environ
@@ -70,15 +72,11 @@ def environ_texts(environ: WSGIEnvironment, headers: tuple[str, ...]) -> tuple[s
     except (KeyError, TypeError):
         # PEP 3333 lets a server leave some out; a2wsgi has None for the address of a Unix socket,
         # and middleware may have put a number there.
-        wanted = (*ENVIRON_KEYS, *_SUBSTITUTES, *_AGENT, *headers)
+        wanted = (*ENVIRON_KEYS, *_SUBSTITUTES, *_HINTS, *headers)
         clean = {key: str(environ[key]) for key in wanted if environ.get(key) is not None}
-        return environ_texts({**dict.fromkeys(ENVIRON_KEYS[:-1], ""), **clean}, headers)
+        absent = dict.fromkeys((*ENVIRON_KEYS[:-1], *_HINTS[1:]), "")
+        return environ_texts({**absent, **clean}, headers)
     return tuple([text[:_MAX_CUT_CHARACTERS] for text in texts])
-
-
-def _agent(environ: WSGIEnvironment) -> str:
-    """Return the User-Agent header, and behind it, a line each, what hints tell of the browser."""
-    return "\n".join([environ.get(name, "") for name in _AGENT])
 
 
 def _server(environ: WSGIEnvironment) -> str:

@@ -26,6 +26,17 @@ def test_texts_are_those_of_the_keys_in_their_order(environ: dict[str, Any]) -> 
     assert texts == tuple("" if environ.get(key) is None else str(environ[key]) for key in keys)
 
 
+@pytest.mark.parametrize("missing", [None, "REMOTE_ADDR", "HTTP_USER_AGENT"])
+@pytest.mark.parametrize("platform", [None, '"Linux"', 7])
+def test_hints_follow_the_user_agent_a_line_each(missing: str | None, platform: Any) -> None:
+    environ = EnvironBuilder("/", headers={"User-Agent": "x", "Sec-CH-UA": '"y"'}).get_environ()
+    environ |= {} if platform is None else {"HTTP_SEC_CH_UA_PLATFORM": platform}
+    environ.pop(missing, None)
+    texts = environ_texts(environ, ())
+    agent = "" if missing == "HTTP_USER_AGENT" else "x"
+    assert texts[ENVIRON_KEYS.index("HTTP_USER_AGENT")] == f'{agent}\n"y"\n{platform or ""}'
+
+
 @pytest.mark.parametrize("missing", [None, "REMOTE_ADDR"])
 @pytest.mark.parametrize("key", ["HTTP_USER_AGENT", "QUERY_STRING", "HTTP_CF_IPCOUNTRY"])
 def test_large_texts_are_cut_together(key: str, missing: str | None) -> None:
