@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from time import monotonic
@@ -19,6 +20,8 @@ from flask_usage_metrics.storage import Storage
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
+
+logger = logging.getLogger("flask_usage_metrics")
 
 Target = TypeVar("Target")
 
@@ -102,6 +105,14 @@ class TrackUsage:
             )
         track(app, self._given, wanted, self)
         self._apps.add(app)
+        for name in ("before_request", "after_request"):
+            if hasattr(self, name):  # what subclasses of flask-track-usage's override
+                logger.warning(
+                    "%s.%s is not called: see username=, TRACK_USAGE_EXCLUDE, g.track_var and "
+                    "the hooks of a storage",
+                    type(self).__name__,
+                    name,
+                )
 
     # ------------------------------------------------------------------------ what is tracked
 

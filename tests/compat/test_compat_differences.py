@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from flask import Response
+from flask import Flask, Response
 from helpers.old_app import Shop
+from prometheus_client import CollectorRegistry
 
+from flask_usage_metrics import TrackUsage
 from flask_usage_metrics.storage.sql import SQLStorage
 
 
@@ -51,3 +54,20 @@ def test_the_table_is_made_with_the_first_record(
     assert not sa.inspect(engine).has_table("flask_usage")
     shop.get()
     assert sa.inspect(engine).has_table("flask_usage")
+
+
+def test_a_subclass_is_told_that_what_it_overrides_is_not_called(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Mine(TrackUsage):
+        def after_request(self, response: Response) -> Response:
+            return response
+
+    app = Flask("shop", instance_path=str(tmp_path))
+    with Mine(app, [], registry=CollectorRegistry()), caplog.at_level("WARNING"):
+        pass
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "Mine.after_request is not called"
+    ]
+    TrackUsage(Flask("other", instance_path=str(tmp_path)), [], registry=CollectorRegistry())
+    assert len(caplog.messages) == 1
