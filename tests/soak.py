@@ -11,9 +11,7 @@ answered; a request that a kill cut may be in it or not.
 
 The disk is a small tmpfs, which only root may mount; without it, that fault is left out. While it
 is full, or a lock is held, and until the journals are back, nothing is killed: the app says itself
-(``flask_usage_journaled`` 0) that a kill would lose something then. No worker is made
-to start meanwhile either: one that cannot open the totals answers for itself, and says so
-(``flask_usage_totals_shared`` 0).
+(``flask_usage_journaled`` 0) that a kill would lose something then.
 """
 
 from __future__ import annotations
@@ -106,7 +104,6 @@ class Soak:
         until(self._goes_on, True, 30)
 
     def lock(self) -> None:
-        until(self._all_answer, True, 30)
         seconds = self._rng.uniform(0.1, 4)
         instance = self.server.folder / "instance"
         held = [*self.server.totals(), instance / "usage.sqlite3", *instance.glob("**/lock")]
@@ -123,7 +120,6 @@ class Soak:
 
     def fill(self) -> None:
         assert self._disk is not None
-        until(self._all_answer, True, 30)
         with filled(self._disk):
             time.sleep(self._rng.uniform(0.5, 4))
         until(self._is_journaled, True, 30)
@@ -133,11 +129,6 @@ class Soak:
         before = self.server.most
         time.sleep(0.6)
         return all(total(self.server.scrape() or "") > before for _ in range(8))
-
-    def _all_answer(self) -> bool:
-        """Return whether all workers have answered, and those that were replaced are gone."""
-        texts = [self.server.scrape() or "" for _ in range(8)]
-        return all(total(text, "flask_usage_workers") == 4 for text in texts)
 
     def _is_journaled(self) -> bool:
         texts = [self.server.scrape() or "" for _ in range(8)]

@@ -20,6 +20,7 @@ from flask_usage_metrics.metrics.app_families import (
     OwnFamilies,
     encodable_family,
 )
+from flask_usage_metrics.metrics.app_onlooker import AppOnlooker
 from flask_usage_metrics.metrics.app_remains import (
     Ancestor,
     Known,
@@ -35,6 +36,7 @@ from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.processes import started
+from flask_usage_metrics.runtime.server_runs import APP_METRICS
 from flask_usage_metrics.runtime.shared_database import SharedDatabase
 
 _MOST_SAMPLES = 20_000
@@ -76,6 +78,7 @@ class SharedAppMetrics:
         self._database: SharedDatabase | None = None
         self._faults: Faults | None = None
         self._users = 0
+        self._onlooker = AppOnlooker()
         self._is_alone = self._is_several = False
         self._due = self._retry_at = 0.0
         self._forget()
@@ -109,6 +112,7 @@ class SharedAppMetrics:
         """
         with self._lock:
             self._users += 1
+            self._onlooker.close()
             if self._database is None and not _shares_by_itself():
                 self._database = SharedDatabase(path, tables.SCHEMA, stays_open=True)
             self._is_alone, self._is_several, self._faults = is_alone, is_several, faults
@@ -249,28 +253,38 @@ class SharedAppMetrics:
 
     # ------------------------------------------------------------------------ showing
 
-    def families(self) -> dict[str, Metric]:
+    def families(self, run: Path | None = None) -> dict[str, Metric]:
         """Return the app's own families as all workers together see them, by name.
+
+        Args:
+            run: Folder of a server run, whose workers are asked while this process is none of them.
 
         Returns:
             Those that are shared; empty while this process is known to be the only one.
 
         Raises:
-            TimeoutError: Another thread has held the file for 5 seconds.
+            TimeoutError: Another thread has held the file for 5 seconds, or it cannot be read now
+                and never was.
         """
-        if self._database is None:
+        if self._database is None and (run is None or _shares_by_itself()):
             return {}
         if not self._lock.acquire(timeout=_LOCK_SECONDS):
             raise TimeoutError("the app's own metrics are in use")
         try:
-            return self._shown(self._sync())
+            if self._database is not None:
+                return self._shown(self._sync())
+            return {} if run is None else self._onlooker.look(run / APP_METRICS)
         finally:
             self._lock.release()
 
     def _shown(self, own: Mapping[bytes, AppFamily] | None) -> dict[str, Metric]:
         if own is None:
-            with suppress(*_UNUSABLE):
+            assert self._database is not None
+            try:
                 self._read()
+            except _UNUSABLE as error:
+                if not (self._known.state.lineage or self._is_alone) and self._database.exists():
+                    raise TimeoutError("the app's own metrics cannot be read") from error
             if self._is_alone:
                 own = {family.name.encode(): family for family in self._own.read()}
         several = bool(self._known.state.several)
@@ -334,10 +348,10 @@ class SharedAppMetrics:
         known = self._known.state
         with self._database.reading() as connection, damage_told():
             state = tables.read_state(connection)
-            if state.lineage != known.lineage or state.number < known.number:
+            if known.lineage and (state.lineage != known.lineage or state.number < known.number):
                 return
             workers = tables.read_workers(connection)
-            theirs = tables.read_rows(connection, known.number, self._pid)
+            theirs = tables.read_rows(connection, known.number if known.lineage else -1, self._pid)
             dead = tables.read_dead(connection)
         self._learn(Known(state, dead, workers, self._known.rows), theirs)
 

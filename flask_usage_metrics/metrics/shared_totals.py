@@ -20,7 +20,7 @@ from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.processes import started
 from flask_usage_metrics.runtime.shared_database import SharedDatabase
 
-_COPY_PAUSE_SECONDS = 5.0
+_COPY_PAUSE_SECONDS = 1.0
 """Seconds after a failure before the copy is tried again."""
 
 _QUICK_SECONDS = 0.5
@@ -49,8 +49,8 @@ class SharedTotals:
 
     The file may be lost, emptied or damaged at any moment; no sum falls, and none is missing:
 
-    - Each scrape brings a copy of the file up to date before it shows anything. Whoever finds the
-      file lost makes a new one of the copy, or of what it remembers if that is more.
+    - Each sync brings a copy of the file up to date before it says that anything was added. Whoever
+      finds the file lost makes a new one of the copy, or of what it remembers if that is more.
     - A new file has a history of its own (`State.lineage`) and keeps the sums that it began with.
       A worker that remembers a later state of the lost history adds the difference, once.
 
@@ -78,6 +78,7 @@ class SharedTotals:
         self.merged: dict[SeriesKey, Numbers] = {}
         self.exemplars: dict[SeriesKey, BucketExemplars] = {}
         self.workers: dict[int, Gauges] = {}
+        self._commits: dict[str, int] = {}
         self._forgotten: set[str] = set()
         self._state = State()
         self._family: frozenset[bytes] = frozenset()
@@ -88,6 +89,10 @@ class SharedTotals:
         """Whether the file or its copy was ever read."""
         return bool(self._state.lineage)
 
+    def exists(self) -> bool:
+        """Tell whether there is a file, or a copy of it."""
+        return self._database.exists() or self._copy.exists()
+
     # ------------------------------------------------------------------------ adding
 
     def sync(
@@ -96,8 +101,6 @@ class SharedTotals:
         commits: Mapping[str, int],
         gauges: Gauges,
         exemplars: Mapping[SeriesKey, BucketExemplars] = {},
-        *,
-        is_scrape: bool = False,
     ) -> Changes:
         """Add the numbers counted here, and read those that other workers added.
 
@@ -106,7 +109,6 @@ class SharedTotals:
             commits: For each journal id, the number of the last commit that is part of `new`.
             gauges: Of this process.
             exemplars: Those observed here since the last sync; kept where they are the newest.
-            is_scrape: Whether the sums are about to be shown, so that the copy must have them.
 
         Returns:
             The changed series, those that changed here among them.
@@ -124,12 +126,15 @@ class SharedTotals:
                 raise
             # The file was lost or damaged: there is a new one to be made, or made already.
             changes = self._add(new, commits, gauges, exemplars)
+        # It is added, whatever comes: what is known of a lost file is added to the next.
+        self._commits.update(commits)
         for _ in range(_ATTEMPTS):
-            if not is_scrape or self._update_copy():
+            if self._update_copy():
                 break
             # The file was lost as soon as this was added.
-            more = self._add({}, {}, gauges, {})
-            changes = Changes(changes.sums | more.sums, changes.exemplars | more.exemplars)
+            with suppress(*_UNUSABLE):
+                more = self._add({}, {}, gauges, {})
+                changes = Changes(changes.sums | more.sums, changes.exemplars | more.exemplars)
         return changes
 
     def _add(
@@ -154,7 +159,7 @@ class SharedTotals:
             tables.write_series(connection, sums, change)
             rows = {key: newer[key] for key in (*exemplars, *(self.exemplars if is_other else ()))}
             tables.write_exemplars(connection, rows, change)
-            tables.write_commits(connection, commits)
+            tables.write_commits(connection, {**self._commits, **commits} if is_other else commits)
             tables.write_worker(connection, self._pid, started(self._pid), gauges)
             workers, dead = tables.read_workers(connection)
             tables.delete_workers(connection, dead)
@@ -223,7 +228,9 @@ class SharedTotals:
 
     def forget(self, journals: Iterable[str]) -> None:
         """Delete the commits of journals that are gone, in the next transaction."""
-        self._forgotten.update(journals)
+        for journal in journals:
+            self._commits.pop(journal, None)
+            self._forgotten.add(journal)
 
     def release(self) -> None:
         """Take this process's gauges out of the file and close it; best effort, never raises."""
@@ -330,20 +337,23 @@ class SharedTotals:
         """
         if monotonic() < self._copy_at:
             return True
-        try:
-            with self._copy.transaction() as target:
-                return self._copy_to(target)
-        except _UNUSABLE:
-            self._copy_at = monotonic() + _COPY_PAUSE_SECONDS
-            return True
+        for _ in range(2):
+            try:
+                with self._copy.transaction() as target:
+                    return self._copy_to(target)
+            except _UNUSABLE as error:
+                if type(error) is not sqlite3.DatabaseError:  # else a damaged one was deleted
+                    break
+        self._copy_at = monotonic() + _COPY_PAUSE_SECONDS
+        return True
 
     def _copy_to(self, target: sqlite3.Connection) -> bool:
         try:
-            with self._database.transaction() as source:
+            with self._database.reading() as source:
                 tables.copy_changes(source, target)
                 return tables.read_state(source).lineage == self._state.lineage
-        except sqlite3.DatabaseError as error:  # damage of the one is none of the other
-            raise sqlite3.OperationalError(str(error)) from error
+        except (sqlite3.DatabaseError, OSError):  # the file is lost
+            return False
 
     def _newer(
         self, *found: Mapping[SeriesKey, BucketExemplars]

@@ -34,6 +34,7 @@ from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.private_files import StateUnavailable
+from flask_usage_metrics.runtime.servers import Server
 from flask_usage_metrics.runtime.state_dir import StateDir
 
 _LOCK_SECONDS = 5.0
@@ -102,8 +103,9 @@ class Totals:
         self._workers: list[int] = []
         self._lock = threading.Lock()
         self._counts = Counts(self.shape)
-        # Until a request comes to this process.
+        # Until this process counts as one of the server's.
         self._onlooker: Onlooker | None = Onlooker(self.shape)
+        self._server: Server | None = None
         self._commits: dict[CountedJournal, int] = {}
         for counters in self._sink_counters:
             counters.reset()
@@ -184,23 +186,25 @@ class Totals:
             is_alone: Whether no other process can be asked for them meanwhile.
         """
         with self._lock:
-            self._begin_to_count()
+            if self._onlooker is not None:
+                self._onlooker.close()
+                self._onlooker = None
             self._is_alone = is_alone
             if path is not None and self._file is None:
                 self._file = SharedTotals(path, self._counts.widths())
                 for table in self._counts.tables.values():
                     table.resend()
 
-    def stay_alone(self) -> None:
-        """Note that there are other workers, and no place to share totals with them."""
-        with self._lock:
-            self._begin_to_count()
-            self._is_shared = False
+    def stay_alone(self, server: Server) -> None:
+        """Note that there are other workers, and no place to share totals with them now.
 
-    def _begin_to_count(self) -> None:
-        if self._onlooker is not None:
-            self._onlooker.close()
-            self._onlooker = None
+        Until there is one, scrapes of this process show what those have counted who have a place.
+
+        Args:
+            server: Of this process.
+        """
+        with self._lock:
+            self._server, self._is_shared = server, False
 
     def sync(self) -> None:
         """Sync with the shared file, if there is need; never raises, and a later sync tries again.
@@ -263,7 +267,7 @@ class Totals:
                 else:
                     self._file.release()
 
-    def _sync(self, *, is_scrape: bool = False) -> bool:
+    def _sync(self) -> bool:
         """Sync with the shared file; return whether all that was counted here is in it now."""
         # A file that is locked costs a second, which not every scrape and batch should wait.
         if self._file is None or monotonic() < self._retry_at:
@@ -283,7 +287,7 @@ class Totals:
         gauges = read_gauges(list(self._sources))
         began = monotonic()
         try:
-            changes = self._file.sync(new, commits, gauges, exemplars, is_scrape=is_scrape)
+            changes = self._file.sync(new, commits, gauges, exemplars)
         except (sqlite3.Error, OSError, StateUnavailable) as error:
             self._miss(error, began)
             return False
@@ -301,10 +305,16 @@ class Totals:
         answer the next scrape without them, and its counters would seem to fall.
         """
         file = self._file
-        if file is None or self._sync(is_scrape=True):
+        if file is None or self._sync():
             return
-        with suppress(sqlite3.Error, OSError, StateUnavailable):
+        try:
             self._apply(file.read())
+        except sqlite3.OperationalError as error:
+            # It is locked, or there is no room to open it: the others may have counted much.
+            if not file.is_known and not self._is_alone and file.exists():
+                raise TimeoutError("the totals of the other workers cannot be read") from error
+        except (sqlite3.Error, OSError, StateUnavailable):
+            pass
         if self._is_alone or not file.is_known:
             self._update()
             for table in self._counts.tables.values():
@@ -373,10 +383,14 @@ class Totals:
         return [families[description] for description in DESCRIPTIONS]
 
     def _seen(self) -> tuple[Counts, dict[int, Gauges]] | None:
-        """Return what the workers of the server have counted, unless this process is one."""
+        """Return what the workers of the server have counted, unless this process is one.
+
+        Raises:
+            TimeoutError: There are some, and what they have counted cannot be read now.
+        """
         if self._onlooker is None or self.state is None:
             return None
-        return self._onlooker.look(self.state, self.key)
+        return self._onlooker.look(self.state, self.key, self._server)
 
     def _counted(self, sources: Iterable[GaugeSource]) -> tuple[Counts, dict[int, Gauges]]:
         """Return what this process and other workers of its server have counted."""
@@ -405,6 +419,15 @@ class Totals:
     def in_progress(self) -> int:
         """Return the number of requests being answered in this process."""
         return sum(source.in_progress() for source in list(self._sources))
+
+    def seen_run(self) -> Path | None:
+        """Return the folder of the server run that `families` looked at last, as it is no member.
+
+        Returns:
+            None if it is one, or saw none or several.
+        """
+        folders = self._onlooker.folders if self._onlooker is not None else []
+        return folders[0] if len(folders) == 1 else None
 
     def workers(self) -> list[int]:
         """Return the process ids of all living workers, as `families` met them last."""

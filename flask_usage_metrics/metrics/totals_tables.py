@@ -39,7 +39,7 @@ TOTALS_SCHEMA = (
     "CREATE TABLE IF NOT EXISTS worker (pid INTEGER PRIMARY KEY, started BLOB, gauges BLOB)",
 )
 
-_ANCESTORS = 4
+_ANCESTORS = 8
 """How many lost histories are remembered: workers that have not come since the last losses may
 know more of one."""
 

@@ -108,7 +108,7 @@ class WorkerGroup:
         except (OSError, StateUnavailable) as error:
             self.complain(error)
             if server.is_shared and self._server_run is None:
-                self._totals.stay_alone()
+                self._totals.stay_alone(server)
             return None
         self.take_back()
         return file

@@ -58,6 +58,13 @@ class SharedDatabase:
         self._process = 0
         self._has_schema = False
 
+    def exists(self) -> bool:
+        """Tell whether the file exists, and is not empty."""
+        try:
+            return self._path is None or self._path.lstat().st_size > 0
+        except OSError:
+            return False
+
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Begin a write transaction, committed in the end; what raises inside rolls it back.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
+import signal
+import sqlite3
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -60,6 +64,54 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
             server.visit(60)
         server.visit(30)
         server.assert_one_number(seconds=30)
+
+
+OWN = (
+    APP
+    + """
+from prometheus_client import Counter
+
+pages = Counter("pages", "Counted by the app itself")
+app.before_request_funcs = {None: [lambda: pages.inc() if request.path == "/" else None]}
+"""
+).replace("from flask import Flask", "from flask import Flask, request")
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Keep workers from joining others, or from writing the shared files, inside the block."""
+    (run,) = (folder / "instance").glob("usage-state/*/g-*")
+    with ExitStack() as stack:
+        if what == "full disk":
+            stack.enter_context(filled(folder / "instance"))
+        elif what == "locked run":
+            file = stack.enter_context((run / "lock").open())
+            fcntl.flock(file, fcntl.LOCK_EX)
+        else:
+            for path in run.glob("*.sqlite3"):
+                holder = stack.enter_context(closing(sqlite3.connect(path, isolation_level=None)))
+                holder.execute("BEGIN IMMEDIATE")
+        yield
+
+
+@as_root
+@pytest.mark.parametrize("what", ["full disk", "locked run", "locked files"])
+def test_workers_that_start_when_they_cannot_join_show_no_less(tmp_path: Path, what: str) -> None:
+    with small_disk(tmp_path / "instance", "4m"), Watched(tmp_path, *HERE, app=OWN) as server:
+        server.visit(60)
+        server.assert_one_number()
+        until(lambda: total(server.scrape() or "", "pages_total"), 60)
+        server.process.send_signal(signal.SIGSTOP)  # it starts no others yet
+        for pid in server.workers():
+            server.kill(pid)
+        with held(tmp_path, what):
+            server.process.send_signal(signal.SIGCONT)
+            server.visit(10)
+            texts = [text for _ in range(9) if (text := server.scrape()) is not None]
+            assert min((total(text, "pages_total") for text in texts), default=60) >= 60
+        server.visit(10)
+        server.assert_one_number(seconds=30)
+        until(lambda: total(server.scrape() or "", "pages_total"), 80)
 
 
 # ------------------------------------------------------------------------ two servers

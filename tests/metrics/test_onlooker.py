@@ -14,10 +14,12 @@ from helpers.servers import Gunicorn
 APP = """
 from flask import Flask
 from flask_usage_metrics import TrackUsage
+from prometheus_client import Counter
 
 app = Flask("shop", instance_path=INSTANCE)
 usage = TrackUsage(app)
-app.add_url_rule("/", "index", lambda: "x")
+pages = Counter("pages", "Counted by the app itself")
+app.add_url_rule("/", "index", lambda: pages.inc() or "x")
 """
 
 CONFIGURATION = """
@@ -78,6 +80,7 @@ def test_the_parent_of_the_workers_shows_their_totals(
         )
         server.get("/")
         until(lambda: requests_in(shown()), 10)
+        until(lambda: samples(shown(), "pages_total"), {(): 10})
         until(lambda: requests_in(server.get("/metrics")), 10)  # it has added nothing
 
 

@@ -40,13 +40,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def add(file: SharedTotals, **counts: int) -> None:
-    file.sync(
-        {("requests", ("GET", name)): [n] for name, n in counts.items()}, {}, GAUGES, is_scrape=True
-    )
+    file.sync({("requests", ("GET", name)): [n] for name, n in counts.items()}, {}, GAUGES)
 
 
 def look(file: SharedTotals) -> dict[str, float]:
-    file.sync({}, {}, GAUGES, is_scrape=True)
+    file.sync({}, {}, GAUGES)
     return {labels[1]: numbers[0] for (_, labels), numbers in file.merged.items()}
 
 
@@ -56,7 +54,7 @@ def insist(files: list[SharedTotals], new: dict[SeriesKey, Numbers]) -> None:
     for _ in range(5):
         for file in list(waiting):
             with suppress(sqlite3.Error):
-                file.sync(new, {}, GAUGES, is_scrape=True)
+                file.sync(new, {}, GAUGES)
                 waiting.remove(file)
         if not waiting:
             return
@@ -83,16 +81,16 @@ def test_each_sees_the_sum_of_all_and_only_what_changed_is_written(path: Path) -
 
 def test_a_sync_tells_what_it_changed_and_what_others_did(path: Path) -> None:
     one, other = SharedTotals(path), SharedTotals(path)
-    assert one.sync({A: [1], B: [2]}, {}, GAUGES, is_scrape=True) == ({A: [1], B: [2]}, {})
-    assert one.sync({}, {}, GAUGES, is_scrape=True) == ({}, {})
-    assert other.sync({A: [10]}, {}, GAUGES, {A: [b"x"]}, is_scrape=True) == (
+    assert one.sync({A: [1], B: [2]}, {}, GAUGES) == ({A: [1], B: [2]}, {})
+    assert one.sync({}, {}, GAUGES) == ({}, {})
+    assert other.sync({A: [10]}, {}, GAUGES, {A: [b"x"]}) == (
         {A: [11], B: [2]},
         {A: [b"x"]},
     )
-    assert one.sync({B: [3]}, {}, GAUGES, is_scrape=True) == ({A: [11], B: [5]}, {A: [b"x"]})
+    assert one.sync({B: [3]}, {}, GAUGES) == ({A: [11], B: [5]}, {A: [b"x"]})
     path.unlink()
-    assert other.sync({A: [1]}, {}, GAUGES, is_scrape=True) == ({A: [12], B: [5]}, {A: [b"x"]})
-    assert one.sync({}, {}, GAUGES, is_scrape=True) == ({A: [12], B: [5]}, {A: [b"x"]})
+    assert other.sync({A: [1]}, {}, GAUGES) == ({A: [12], B: [5]}, {A: [b"x"]})
+    assert one.sync({}, {}, GAUGES) == ({A: [12], B: [5]}, {A: [b"x"]})
     for file in (one, other):
         file.close()
 
@@ -114,7 +112,7 @@ def test_sums_are_exact_under_concurrent_syncs(path: Path) -> None:
             }
             while True:
                 try:
-                    file.sync(new, {}, GAUGES, is_scrape=True)
+                    file.sync(new, {}, GAUGES)
                     break
                 except sqlite3.OperationalError:
                     continue
@@ -158,7 +156,7 @@ while True:
     while len(file.merged) < 3 or len(file.workers) < 4:
         assert time.monotonic() < deadline
         with suppress(sqlite3.OperationalError):  # the others release hardly a gap
-            file.sync({}, {}, GAUGES, is_scrape=True)
+            file.sync({}, {}, GAUGES)
     assert {pid for pid, gauges in file.workers.items() if gauges.in_progress} == {
         child.pid for child in children
     }
@@ -290,36 +288,66 @@ def test_losses_in_a_row_lose_nothing_that_somebody_knows(path: Path) -> None:
         file.close()
 
 
-WORK = ["sync 0", "sync 1", "sync 2", "scrape 0", "scrape 1", "scrape 2", "replace"]
+def test_a_commit_is_known_wherever_what_it_counted_is(path: Path) -> None:
+    """Also in a file made of a copy that was locked when it should have had them."""
+    one, other = SharedTotals(path), SharedTotals(path)
+    one.sync({A: [1]}, {"journal": 1}, GAUGES)
+    other.sync({}, {}, GAUGES)
+    with closing(sqlite3.connect(path.with_name(COPY), isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        one.sync({A: [1]}, {"journal": 2}, GAUGES)
+    break_it(path, "emptied")
+    insist([other, one], {})
+    assert other.last_commit("journal") == 2
+    assert look(other) == {"a": 2}
+    one.close()
+    other.close()
+
+
+WORKERS = range(3)
+WORK = [*(f"sync {number}" for number in WORKERS), "end 0", "kill 0", "kill 1"]
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_no_sum_falls_or_is_wrong_whatever_is_lost_at_once(data: st.DataObject) -> None:
-    """Workers come, go and sync in any order, while the file or its copy is damaged."""
+    """Workers come, go, are killed and sync in any order, while the file or its copy is damaged.
+
+    Always the same of both: whoever has a file open may not see at once that it is damaged.
+    """
     with TemporaryDirectory() as folder:
         path = Path(folder, "g", "totals.sqlite3")
         path.parent.mkdir(mode=0o700)
-        files = [SharedTotals(path) for _ in range(3)]
-        counted, shown, is_whole = 0, 0.0, False
+        files = [SharedTotals(path) for _ in WORKERS]
+        journals = [f"journal {number}" for number in WORKERS]
+        commits = dict.fromkeys(journals, 0)
+        damaged = path.with_name(data.draw(st.sampled_from([path.name, COPY])))
+        counted, is_whole = 0, False
         for step in data.draw(st.lists(st.sampled_from([*WORK, *HOWS[2:]]), max_size=25)):
-            if step == "replace":
-                files[0].release()
-                files[0] = SharedTotals(path)
-            elif step in WORK:
-                kind, number = step.split()
-                file = files[int(number)]
-                file.sync({A: [1]}, {}, GAUGES, is_scrape=kind == "scrape")
+            kind, _, number = step.partition(" ")
+            if kind == "sync":
+                file, journal = files[int(number)], journals[int(number)]
+                commits[journal] += 1
                 counted += 1
-                if kind == "scrape":
-                    assert shown < file.merged[A][0] <= counted
-                    shown, is_whole = file.merged[A][0], True
+                file.sync({A: [1]}, {journal: commits[journal]}, GAUGES)
+                # Nobody knows less, and nobody shows what may fall.
+                assert file.merged[A] == [counted]
+                is_whole = True
+            elif number:
+                file, journal = files[int(number)], journals[int(number)]
+                file.release() if kind == "end" else file.close()
+                files[int(number)] = SharedTotals(path)
+                journals[int(number)] = f"journal {len(commits)}"
+                commits[journals[int(number)]] = 0
+                if commits[journal] and files[2].is_known:  # as who recovers the journal asks
+                    with suppress(sqlite3.DatabaseError):  # it is damaged: he comes again
+                        files[2].last_commit(journal)
+                    assert files[2].last_commit(journal) == commits[journal]
             elif is_whole:
-                name = data.draw(st.sampled_from([path.name, COPY]))
-                break_it(path.with_name(name), step)
+                break_it(damaged, step)
                 is_whole = False
         for file in files * 2:
-            file.sync({}, {}, GAUGES, is_scrape=True)
+            file.sync({}, {}, GAUGES)
         for file in files:
             assert file.merged.get(A, [0]) == [counted]
             file.close()
@@ -345,7 +373,7 @@ def test_what_cannot_be_read_is_damage(path: Path, change: str) -> None:
     widths = {"requests": (2, 1)}
     files = [SharedTotals(path, widths) for _ in range(2)]
     for file in files:
-        file.sync({A: [5], B: [1]}, {"journal": 7}, GAUGES, {A: [b"x"]}, is_scrape=True)
+        file.sync({A: [5], B: [1]}, {"journal": 7}, GAUGES, {A: [b"x"]})
     with closing(sqlite3.connect(path)) as other:
         with suppress(sqlite3.IntegrityError):  # a key of two rows
             other.execute(change)
@@ -353,9 +381,9 @@ def test_what_cannot_be_read_is_damage(path: Path, change: str) -> None:
         other.execute("UPDATE exemplar SET changed = 1000")
         other.commit()
     for file in files:
-        file.sync({A: [1]}, {}, GAUGES, is_scrape=True)
+        file.sync({A: [1]}, {}, GAUGES)
     for file in (*files, SharedTotals(path, widths)):
-        file.sync({}, {}, GAUGES, is_scrape=True)
+        file.sync({}, {}, GAUGES)
         assert file.merged == {A: [12], B: [2]}
         assert file.exemplars == {A: [b"x"]}
         assert file.last_commit("journal") == 7
@@ -372,7 +400,7 @@ def test_what_is_shared_can_be_read_when_it_cannot_be_written(path: Path, how: s
         path.mkdir()
         assert one.read().sums == {A: [2]} == one.merged
         with pytest.raises(OSError, match="not a file"):
-            one.sync({}, {}, GAUGES, is_scrape=True)
+            one.sync({}, {}, GAUGES)
         path.rmdir()
     else:
         with closing(sqlite3.connect(path, isolation_level=None)) as locker:
@@ -381,7 +409,7 @@ def test_what_is_shared_can_be_read_when_it_cannot_be_written(path: Path, how: s
             assert one.read().sums == {A: [2]} == one.merged
             assert one.read().sums == {}
             with pytest.raises(sqlite3.OperationalError):
-                one.sync({}, {}, GAUGES, is_scrape=True)
+                one.sync({}, {}, GAUGES)
             locker.execute("ROLLBACK")
     newcomer = SharedTotals(path)
     assert newcomer.read().sums == {A: [2]}
@@ -436,7 +464,7 @@ def test_a_locked_file_raises_within_about_a_second_and_adds_nothing(path: Path)
             assert time.monotonic() - start < 4
         other.execute("ROLLBACK")
     assert path.exists()
-    file.sync({A: [10]}, {"j": 1}, GAUGES, is_scrape=True)
+    file.sync({A: [10]}, {"j": 1}, GAUGES)
     fresh.sync({A: [100]}, {}, GAUGES)
     assert look(file) == look(fresh) == {"a": 111}
     assert file.last_commit("j") == 1
@@ -485,7 +513,7 @@ def observe(
     file: SharedTotals, exemplars: dict[SeriesKey, BucketExemplars]
 ) -> dict[SeriesKey, BucketExemplars]:
     """Visit as a worker does: an exemplar comes with the count of its series."""
-    file.sync({key: [1] for key in exemplars}, {}, GAUGES, exemplars, is_scrape=True)
+    file.sync({key: [1] for key in exemplars}, {}, GAUGES, exemplars)
     return file.exemplars
 
 

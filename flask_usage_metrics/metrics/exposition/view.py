@@ -64,7 +64,7 @@ class Exposition:
             return Response(status=401, headers={"WWW-Authenticate": "Bearer"})
         try:
             families = self._collector.totals.families()
-            shared = self._collector.app_metrics.families()
+            shared = self._collector.app_metrics.families(self._collector.totals.seen_run())
         except TimeoutError as error:
             self._faults.report("totals", error, "a scrape was refused")
             return Response(status=503, headers={"Retry-After": "5"})
