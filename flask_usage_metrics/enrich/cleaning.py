@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
@@ -15,6 +16,7 @@ MAX_INT = 2**63 - 1
 
 _MAX_LABEL = 512
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\udc80-\udcff]")
 
 _MAX_QUEUE_SECONDS = 300.0
 """Seconds a request may have waited; who is still there after more? Proxies give up much earlier
@@ -34,6 +36,26 @@ def wsgi_text(text: str, length: int) -> str:
     if not text.isascii():
         text = from_wsgi(text)
     return _printable(text)[:length]
+
+
+def wsgi_path(text: str, length: int) -> str:
+    """Return a path of a WSGI environ as `wsgi_text` does, but with control characters encoded."""
+    if not text.isascii() or not text.isprintable():
+        text = from_wsgi(text[: 4 * length])
+        text = _CONTROLS.sub(lambda found: quote(found[0]), text)
+    return text[:length]
+
+
+def wsgi_query(text: str, length: int) -> str:
+    """Return a query string of a WSGI environ as `wsgi_path` does, its invalid bytes encoded.
+
+    Flask takes those for U+FFFD in a path, and encodes them in a query.
+    """
+    if not text.isascii() or not text.isprintable():
+        # Lone surrogates stand for the bytes.
+        text = text[: 4 * length].encode("latin-1", "replace").decode("utf-8", "surrogateescape")
+        text = _NO_TEXT.sub(lambda found: quote(found[0], errors="surrogateescape"), text)
+    return text[:length]
 
 
 def app_text(text: str) -> str:

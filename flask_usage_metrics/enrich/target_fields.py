@@ -7,7 +7,14 @@ from typing import Any
 
 import msgspec
 
-from flask_usage_metrics.enrich.cleaning import encode, json_object, label, wsgi_text
+from flask_usage_metrics.enrich.cleaning import (
+    encode,
+    json_object,
+    label,
+    wsgi_path,
+    wsgi_query,
+    wsgi_text,
+)
 from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.records.observation import ENVIRON_KEYS
 from flask_usage_metrics.runtime.caches import TwoGenerationCache
@@ -58,13 +65,13 @@ class Targets(TwoGenerationCache[TargetKey, Target]):
         if arguments is not None:
             view_args = json_object(arguments)
         path, query, view_args = self._policy.target(
-            wsgi_text(path, 2048), wsgi_text(query, 4096), rule, view_args
+            wsgi_path(path, 2048), wsgi_query(query, 4096), rule, view_args
         )
         fields = (
             wsgi_text(method, 32),
             wsgi_text(scheme, 8),
             self._policy.host(wsgi_text(host, 255)),
-            self._policy.root_path(wsgi_text(root_path, 1024).rstrip("/")),
+            self._policy.root_path(wsgi_path(root_path, 1024).rstrip("/")),
             path,
             query,
             wsgi_text(protocol, 16),

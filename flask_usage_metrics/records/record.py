@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from flask_usage_metrics.records.urls import url_of
+
 
 # gc=False: it holds no cycle, and thousands of them would keep the garbage collector busy.
 class UsageRecord(msgspec.Struct, frozen=True, gc=False):
@@ -23,8 +25,9 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
         scheme: ``"http"`` or ``"https"``, as the server saw it.
         host: Host and port as the client named them.
         root_path: Prefix the app is mounted under, without a trailing slash; ``""`` if none.
-        path: Path below `root_path`, decoded, without the query string.
-        query: Query string without ``?``, still percent-encoded; ``""`` if none.
+        path: Path below `root_path`, without the query string; decoded, but for control characters.
+        query: Query string without ``?``, still percent-encoded, and so what came raw and is no
+            text; ``""`` if none.
         protocol: Such as ``"HTTP/1.1"``.
         endpoint: Flask's endpoint; None when no route matched.
         rule: URL rule, such as ``"/user/<name>"``; None when no route matched.
@@ -114,6 +117,5 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def url(self) -> str:
-        """The whole URL, its path decoded."""
-        url = f"{self.scheme}://{self.host}{self.root_path}{self.path}"
-        return f"{url}?{self.query}" if self.query else url
+        """The whole URL, as Flask's ``request.url``: see `url_of`."""
+        return url_of(self.scheme, self.host, self.root_path, self.path, self.query)

@@ -16,6 +16,8 @@ from sqlalchemy.dialects import mysql
 
 from flask_usage_metrics.records.query import as_utc
 from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.records.urls import url_of
+from flask_usage_metrics.runtime.caches import TwoGenerationCache
 from flask_usage_metrics.runtime.gil import GilYielder
 
 to_json = msgspec.json.Encoder().encode
@@ -90,6 +92,9 @@ COLUMNS: tuple[tuple[str, sa.types.TypeEngine[Any], str], ...] = (
 )
 _FIELDS = UsageRecord.__struct_fields__
 _URL_FIELDS = ("scheme", "host", "root_path", "path", "query")
+_URLS: TwoGenerationCache[tuple[str, ...], str] = TwoGenerationCache(
+    lambda parts: url_of(*parts), lambda parts: sum(map(len, parts))
+)
 _STEP = 128
 """Rows between two points at which other threads may have the GIL."""
 
@@ -189,12 +194,8 @@ def to_columns(batch: Sequence[UsageRecord]) -> Columns:
     if not all(map(isfinite, durations)):
         raise ValueError("a duration is not finite")
     parts = zip(*map(fields.__getitem__, _URL_FIELDS), strict=True)
-    fields["url"] = [
-        # As `UsageRecord.url`, which costs more.
-        f"{scheme}://{host}{root}{path}?{query}" if query else f"{scheme}://{host}{root}{path}"
-        for step in yielder.steps(list(parts), _STEP)
-        for scheme, host, root, path, query in step
-    ]
+    # As `UsageRecord.url`, which costs more.
+    fields["url"] = [_URLS[target] for step in yielder.steps(list(parts), _STEP) for target in step]
     fields["started_at"] = _to_texts(fields["started_at"])
     # For a bool sqlite3 would look up an adapter.
     fields["authorization"] = [1 if given else 0 for given in fields["authorization"]]
@@ -251,6 +252,8 @@ def _parts(url: str, path: str) -> dict[str, str]:
         parts = urlsplit(front)
     except ValueError:
         return {"scheme": "", "host": "", "root_path": "", "query": query}
+    if not parts.path.endswith(path):  # as it is in a URL
+        path = url_of("http", "host", "", path, "").removeprefix("http://host")
     return {
         "scheme": parts.scheme,
         "host": parts.netloc,
