@@ -18,6 +18,7 @@ from werkzeug.wsgi import ClosingIterator, FileWrapper
 
 from flask_usage_metrics.capture.context import RequestContext
 from flask_usage_metrics.capture.observer import Observer
+from flask_usage_metrics.capture.prefetch import is_prefetch
 from flask_usage_metrics.capture.reading import MAX_JSON_BYTES, environ_texts
 from flask_usage_metrics.capture.request_body import CountedInput, count_input, is_announced
 from flask_usage_metrics.capture.response_head import LENGTHS, STATUSES
@@ -333,8 +334,16 @@ class Exchange:
                     if len(view_args) > MAX_JSON_BYTES:
                         view_args = None
                         self._report_too_large("view_args")
+                # Written out, as a call is slower: see tests/benchmarks/README.md.
+                prefetched = (
+                    "HTTP_SEC_PURPOSE" in environ
+                    or "HTTP_PURPOSE" in environ
+                    or "HTTP_X_PURPOSE" in environ
+                    or "HTTP_X_MOZ" in environ
+                ) and is_prefetch(environ)
                 if (
-                    self._context is not None
+                    prefetched
+                    or self._context is not None
                     or self._input is not None
                     or self._first_ns is not None
                     or self.exception is not None
@@ -342,7 +351,7 @@ class Exchange:
                     or TRACK_VAR in environ
                     or _PROXY_FIX in environ
                 ):
-                    extras = self._extras(environ, routed)
+                    extras = self._extras(environ, routed, prefetched)
                 observer.submit(
                     Observation(
                         self._started_ns,
@@ -364,7 +373,7 @@ class Exchange:
             # The environ refers to us: the cycle would live until the garbage collector runs.
             self._environ = self._request = None
 
-    def _extras(self, environ: WSGIEnvironment, routed: Request | None) -> Extras:
+    def _extras(self, environ: WSGIEnvironment, routed: Request | None, prefetched: bool) -> Extras:
         peer = username = consumer = track_var = visitor = trace = received = None
         authorization = False
         if routed is not None and "HTTP_AUTHORIZATION" in environ:
@@ -393,6 +402,7 @@ class Exchange:
             trace,
             received,
             self._first_ns,
+            prefetched,
         )
 
     def _report_too_large(self, part: str) -> None:

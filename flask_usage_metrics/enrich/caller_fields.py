@@ -9,6 +9,7 @@ import msgspec
 
 from flask_usage_metrics.enrich import clients
 from flask_usage_metrics.enrich.cleaning import wsgi_text
+from flask_usage_metrics.enrich.clients.own_kinds import OwnKinds
 from flask_usage_metrics.enrich.country import Answer, CountryLookup
 from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.enrich.trusted_proxies import TrustedProxies
@@ -25,6 +26,9 @@ CallerKey = tuple[tuple[str, ...], str | None]
 ClientFields = tuple[str | None, str | None, str | None, str | None, str | None, str]
 """The fields of a record from `user_agent` to `client`, in its order."""
 
+CLIENT = -1
+"""Position of `client` among them."""
+
 
 class Caller(msgspec.Struct, frozen=True, gc=False):
     """The client behind a request, as records keep it: the same for all its requests.
@@ -36,6 +40,7 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
         remote_addr: Field of the record.
         forwarded_for: Field of the record.
         client_fields: Fields of the record.
+        is_prefetching: Whether a person's browser fetched what nobody asked for yet.
     """
 
     address: str | None
@@ -44,6 +49,7 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
     remote_addr: str | None
     forwarded_for: str | None
     client_fields: ClientFields
+    is_prefetching: bool = False
 
 
 class Callers(TwoGenerationCache[CallerKey, Caller]):
@@ -53,15 +59,21 @@ class Callers(TwoGenerationCache[CallerKey, Caller]):
         country_lookup: Where countries are looked up.
         trusted: The proxies whose X-Forwarded-For is believed.
         policy: What is kept.
+        own_kinds: What the app's owner calls clients.
     """
 
     def __init__(
-        self, country_lookup: CountryLookup, trusted: TrustedProxies, policy: Policy
+        self,
+        country_lookup: CountryLookup,
+        trusted: TrustedProxies,
+        policy: Policy,
+        own_kinds: OwnKinds,
     ) -> None:
         super().__init__(self._caller, _characters)
         self._country_lookup = country_lookup
         self._trusted = trusted
         self._policy = policy
+        self._own_kinds = own_kinds
 
     def country_now(self, environ: Mapping[str, Any]) -> str | None:
         """Return the country of a request under way, if it is known at once; for any thread.
@@ -84,7 +96,7 @@ class Callers(TwoGenerationCache[CallerKey, Caller]):
         brands, _, platform = hints.partition("\n")
         address, is_trusted = self._whence(remote_addr, forwarded_for, peer)
         policy, country_lookup = self._policy, self._country_lookup
-        client = clients.describe(user_agent, brands, platform)
+        client = clients.describe(user_agent, brands, platform, self._own_kinds.kind_of(user_agent))
         return Caller(
             address,
             is_trusted,
@@ -119,6 +131,16 @@ def nameless(caller: Caller) -> Caller:
         remote_addr=None,
         forwarded_for=None,
         client_fields=(None, *caller.client_fields[1:]),
+    )
+
+
+def prefetching(caller: Caller) -> Caller:
+    """Return a person as one whose browser fetches of itself; a program as it is."""
+    *others, client = caller.client_fields
+    if client != clients.PERSON:
+        return caller
+    return msgspec.structs.replace(
+        caller, client_fields=(*others, clients.PREFETCH), is_prefetching=True
     )
 
 

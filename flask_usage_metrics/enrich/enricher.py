@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from flask_usage_metrics.enrich.caller_fields import CALLER, Callers, nameless
+from flask_usage_metrics.enrich.caller_fields import CALLER, CLIENT, Callers, nameless, prefetching
 from flask_usage_metrics.enrich.cleaning import (
     MAX_INT,
     app_text,
@@ -21,6 +21,8 @@ from flask_usage_metrics.enrich.cleaning import (
     queue_seconds,
     wsgi_text,
 )
+from flask_usage_metrics.enrich.clients import PERSON
+from flask_usage_metrics.enrich.clients.own_kinds import OwnKinds
 from flask_usage_metrics.enrich.country import CountryLookup
 from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.enrich.target_fields import TARGET, Targets
@@ -56,6 +58,7 @@ class Enricher:
         visitors: Tells visitors without a cookie apart; destroys the keys of past days.
         identifies: Whether records get these ids; if False only old keys are destroyed.
         policy: What is kept.
+        own_kinds: What the app's owner calls clients.
 
     Attributes:
         headers: WSGI names of the headers that observations hold after those of `ENVIRON_KEYS`.
@@ -73,6 +76,7 @@ class Enricher:
         visitors: VisitorIds,
         identifies: bool,
         policy: Policy,
+        own_kinds: OwnKinds,
     ) -> None:
         self._app = app_text(app)[:128]
         self._key = key
@@ -83,7 +87,7 @@ class Enricher:
         self.headers = (*country_lookup.headers, *policy.headers)
         self._sources = len(country_lookup.headers)
         self._targets = Targets(policy)
-        self._callers = Callers(country_lookup, trusted, policy)
+        self._callers = Callers(country_lookup, trusted, policy, own_kinds)
         self.country_now = self._callers.country_now
         self._referrers: TwoGenerationCache[str, str | None] = TwoGenerationCache(
             self._referrer, len
@@ -160,7 +164,11 @@ class Enricher:
                 trace = extras.trace
                 trace_id, span_id = trace.trace_id, trace.span_id
                 parent_span_id = trace.parent_span_id
+            if visitor is not None and caller.client_fields[CLIENT] != PERSON:
+                visitor = None  # a program that keeps cookies, or that only its owner calls one
             received = extras.bytes_received
+            if extras.is_prefetch:
+                caller = prefetching(caller)
             if extras.first_byte_ns is not None:
                 first_byte_seconds = extras.first_byte_ns / 1e9
         if headers and "1" in headers[self._sources :]:
@@ -169,7 +177,9 @@ class Enricher:
         elif policy.is_nameless:
             visitor = username = None
         else:
-            if visitor is None and self._identifies:
+            if caller.is_prefetching:
+                visitor = None
+            elif visitor is None and self._identifies:
                 agent = texts[_USER_AGENT]
                 if "\n" in agent:
                     agent = agent.partition("\n")[0]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flask import Flask
 
+from flask_usage_metrics.capture.prefetch import is_prefetch
 from flask_usage_metrics.capture.visitor_cookie import VisitorCookie
 from flask_usage_metrics.enrich import clients
 from flask_usage_metrics.enrich.enricher import Enricher
@@ -216,6 +217,8 @@ def make_traces(
 
     def hints(environ: WSGIEnvironment, endpoint: str | None) -> Attributes:
         client = clients.kind(environ.get("HTTP_USER_AGENT", ""))
+        if client == clients.PERSON and is_prefetch(environ):
+            client = clients.PREFETCH
         return hints_of(endpoint, blueprint_of(endpoint), client, enricher.country_now(environ))
 
     tracing = Tracing(

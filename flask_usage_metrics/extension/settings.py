@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from flask_usage_metrics.enrich.clients.own_kinds import OwnKinds
 from flask_usage_metrics.enrich.privacy.policy import PRESETS, Preset
 from flask_usage_metrics.enrich.privacy.secrets import SecretFinder
 from flask_usage_metrics.enrich.trusted_proxies import TrustedProxies
@@ -41,6 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         exclude: Endpoint globs, or path globs when they start with ``/``.
         country: See `enrich.country`.
         trusted_proxies: Who may say whom they speak for.
+        clients: What the owner calls clients.
         use_freegeoip: Whether an HTTP service is asked for the country, as flask-track-usage did.
         freegeoip_endpoint: Its URL, with ``{ip}`` where the address goes.
         cookie: Whether people get a cookie that tells them apart.
@@ -67,6 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     exclude: tuple[str, ...]
     country: Any
     trusted_proxies: TrustedProxies
+    clients: OwnKinds
     use_freegeoip: bool
     freegeoip_endpoint: str | None
     cookie: bool
@@ -314,6 +317,13 @@ def _trusted_proxies(given: Any) -> TrustedProxies:
     return TrustedProxies(proxies)
 
 
+def _clients(given: Any) -> OwnKinds:
+    kinds = {} if _is_none(given) else json.loads(given) if isinstance(given, str) else given
+    if not isinstance(kinds, Mapping):
+        raise TypeError
+    return OwnKinds(kinds)
+
+
 # ------------------------------------------------------------------------ the keys
 
 
@@ -340,6 +350,7 @@ KEYS: dict[str, Key] = {
     "TRACK_USAGE_TRUSTED_PROXIES": Key(
         (), "a list of addresses, CIDR ranges and 'unix:'", _trusted_proxies
     ),
+    "TRACK_USAGE_CLIENTS": Key({}, "a dict of regular expressions and kinds of client", _clients),
     "TRACK_USAGE_USE_FREEGEOIP": Key(False, "True or False", _flag),
     "TRACK_USAGE_FREEGEOIP_ENDPOINT": Key(
         None, "a URL that starts with http or None", _url, is_secret=True

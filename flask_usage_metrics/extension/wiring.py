@@ -110,6 +110,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         visitors=visitors.ids,
         identifies=visitors.identifies,
         policy=policy,
+        own_kinds=settings.clients,
     )
     # The sinks: storages, and traces if there are any.
     traces = make_traces(

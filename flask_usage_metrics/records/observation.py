@@ -59,6 +59,7 @@ class Extras(msgspec.Struct, frozen=True, array_like=True, gc=False):
         bytes_received: Bytes that were read of the request's body; None where there was none.
         first_byte_ns: Nanoseconds until the first byte of the body was handed to the server, of a
             response that was handed over piece by piece.
+        is_prefetch: Whether the browser made the request of itself, before anybody asked for it.
     """
 
     peer: str | None = None
@@ -71,6 +72,7 @@ class Extras(msgspec.Struct, frozen=True, array_like=True, gc=False):
     trace: Trace | None = None
     bytes_received: int | None = None
     first_byte_ns: int | None = None
+    is_prefetch: bool = False
 
 
 # gc=False: it holds no cycle, and thousands of them would keep the garbage collector busy.

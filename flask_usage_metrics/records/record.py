@@ -48,8 +48,8 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
         browser_version: Major version, such as ``"126"``.
         platform: Operating system, such as ``"Windows"``.
         language: First choice of Accept-Language, such as ``"en-US"``.
-        client: Kind of client: human, search-bot, ai-training, ai-search, ai-agent, preview,
-            feed, monitor, script or other-bot.
+        client: Kind of client: human, prefetch, search-bot, ai-training, ai-search, ai-agent,
+            preview, feed, monitor, script or other-bot.
         referrer: The Referer header.
         authorization: Whether an Authorization header came that can be parsed.
         username: User's name, as the app, Flask-Login or Basic authentication has it.

@@ -16,7 +16,7 @@ SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 Attributes = dict[str, str | int | bool]
 
 _PORTS = {"http": 80, "https": 443}
-_PEOPLE = ("human",)
+_PEOPLE = ("human", "prefetch")
 
 
 def name_of(record: UsageRecord) -> str:

@@ -87,7 +87,7 @@ def who() -> Row:
             "Bots",
             "Share of requests by declared bots, AI crawlers, monitors and scripts, told by "
             "their User-Agent. Of all endpoints and countries.",
-            at_the_end(share('client!="human"', of=CLIENTS)),
+            at_the_end(share('client!~"human|prefetch"', of=CLIENTS)),
             unit=units.PercentUnit,
             missing="no requests",
         ),
@@ -189,8 +189,9 @@ def what_they_are() -> Row:
         [
             lines(
                 "Kinds of client",
-                "human, search-bot, ai-training, ai-search, ai-agent, preview, feed, monitor, "
-                "script, other-bot: told by the User-Agent. Of all endpoints and countries.",
+                "human, prefetch, search-bot, ai-training, ai-search, ai-agent, preview, feed, "
+                "monitor, script, other-bot: told by the User-Agent. Of all endpoints and "
+                "countries.",
                 over_time(kinds % "HERE", "{{client}}"),
                 unit=units.RequestsPerSecond,
                 stacked=True,

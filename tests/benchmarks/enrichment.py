@@ -17,6 +17,7 @@ from typing import Any
 
 from flask_usage_metrics.capture.reading import environ_texts
 from flask_usage_metrics.enrich import clients
+from flask_usage_metrics.enrich.clients.own_kinds import OwnKinds
 from flask_usage_metrics.enrich.country import make_country_lookup
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.privacy.policy import PRESETS, Policy
@@ -106,6 +107,7 @@ def work(home: Path) -> tuple[Work, Work]:
             visitors=visitors,
             identifies=True,
             policy=policy,
+            own_kinds=OwnKinds({}),
         )
         origin = enricher.origin
 

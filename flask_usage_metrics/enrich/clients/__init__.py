@@ -11,7 +11,13 @@ from flask_usage_metrics.enrich.clients.hints import improve, is_headless
 from flask_usage_metrics.enrich.clients.kinds import kind_of
 from flask_usage_metrics.enrich.clients.languages import language
 
-__all__ = ["Client", "describe", "kind", "language", "load"]
+__all__ = ["PERSON", "PREFETCH", "Client", "describe", "kind", "language", "load"]
+
+PERSON = "human"
+"""The kind of client that is a visitor."""
+
+PREFETCH = "prefetch"
+"""The kind of a person's browser that fetches of itself; no User-Agent header tells it."""
 
 _MAX_HEADER = 512
 _CACHED = 4096
@@ -45,7 +51,9 @@ def load() -> None:
     parser.load()
 
 
-def describe(user_agent: str | None, brands: str = "", platform: str = "") -> Client:
+def describe(
+    user_agent: str | None, brands: str = "", platform: str = "", own: str | None = None
+) -> Client:
     """Return the client that sent some headers, of each of which 512 characters are looked at.
 
     Args:
@@ -53,12 +61,14 @@ def describe(user_agent: str | None, brands: str = "", platform: str = "") -> Cl
             sends one and nothing tells which program this is.
         brands: The Sec-CH-UA header; ``""`` if absent.
         platform: The Sec-CH-UA-Platform header; ``""`` if absent.
+        own: The kind that the app's owner says it is; None: as it is known.
 
     Raises:
         OSError: As `load`.
         MemoryError: As `load`.
     """
-    return _describe((user_agent or "")[:_MAX_HEADER], brands[:_MAX_HEADER], platform[:_MAX_HEADER])
+    user_agent = (user_agent or "")[:_MAX_HEADER]
+    return _describe(user_agent, brands[:_MAX_HEADER], platform[:_MAX_HEADER], own)
 
 
 def kind(user_agent: str) -> str:
@@ -70,11 +80,11 @@ _kind = lru_cache(_CACHED)(kind_of)
 
 
 @lru_cache(_CACHED)
-def _describe(user_agent: str, brands: str, platform: str) -> Client:
-    found = _kind(user_agent)
-    if found == "human" and is_headless(brands):
+def _describe(user_agent: str, brands: str, platform: str, own: str | None) -> Client:
+    found = own or _kind(user_agent)
+    if own is None and found == PERSON and is_headless(brands):
         found = "other-bot"
-    if found != "human":
+    if found != PERSON:
         return Client(None, None, None, found)
     parsed = improve(parser.parse(user_agent), brands, platform)
     return Client(parsed.browser, parsed.version, parsed.platform, found)
