@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from flask import Request
 from werkzeug.wsgi import ClosingIterator, FileWrapper
 
+from flask_usage_metrics.capture import takeover
 from flask_usage_metrics.capture.context import RequestContext
 from flask_usage_metrics.capture.observer import Observer
 from flask_usage_metrics.capture.prefetch import is_prefetch
@@ -301,6 +302,11 @@ class Exchange:
 
     def fail(self, error: BaseException) -> None:
         """End the exchange with the status that is answered to an exception: mostly 500."""
+        environ = self._environ
+        if environ is not None and not self._status and takeover.has_raised(error, environ):
+            self._status = takeover.STATUS
+            self.finish()
+            return
         status = self._observer.status_of(error)
         self._status = str(status)
         self._sent = 0
@@ -323,6 +329,8 @@ class Exchange:
             routed = self._request or observer.match(environ)
             if routed is not None:
                 environ = routed.environ
+            if "HTTP_UPGRADE" in environ and takeover.has_answered(environ, self._status, routed):
+                self._status, self._sent = takeover.STATUS, 0
             rule = None if routed is None else routed.url_rule
             endpoint = None if rule is None else rule.endpoint
             scope = observer.scope

@@ -29,7 +29,7 @@ from flask_usage_metrics.metrics.names import (
 from flask_usage_metrics.metrics.series import Table
 from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.metrics.sink_counters import SinkCounters
-from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.records.record import TAKEN_OVER, UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
 
 
@@ -96,11 +96,11 @@ class Counts:
             new = requests.new or requests.start()
             new[bucket] += 1
             new[-1] += seconds
-            if durations is not requests:
+            if durations is not requests and record.status != TAKEN_OVER:
                 new = durations.new or durations.start()
                 new[bucket] += 1
                 new[-1] += seconds
-            if sampled and record.id in sampled:
+            if sampled and record.id in sampled and record.status != TAKEN_OVER:
                 durations.keep(pack(record), bucket)
             new = sizes.new or sizes.start()
             new[0] += record.bytes_sent
@@ -162,7 +162,11 @@ class Counts:
         }
         families[REQUESTS] = self._requests.family(REQUESTS, value=_count_of)
         families[REQUEST_BYTES] = self._sizes.family(REQUEST_BYTES, value=itemgetter(1))
-        families[DURATION] = self._durations.family(DURATION, buckets=self._buckets)
+        families[DURATION] = self._durations.family(
+            DURATION,
+            buckets=self._buckets,
+            leaves_out=_is_taken_over if self._durations is self._requests else None,
+        )
         return families
 
     def _table(self, description: Description, width: int) -> Table:
@@ -173,3 +177,11 @@ class Counts:
 
 def _count_of(numbers: Numbers) -> float:
     return sum(numbers[:-1])
+
+
+_STATUS_AT = REQUEST_LABELS.index("status")
+
+
+def _is_taken_over(values: LabelValues) -> bool:
+    """Tell by its labels whether a series counts connections whose lifetimes are no latencies."""
+    return values[_STATUS_AT] == str(TAKEN_OVER)

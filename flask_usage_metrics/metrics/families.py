@@ -61,6 +61,8 @@ class Family(msgspec.Struct, frozen=True):
         exemplars: By the label values of those series of a histogram that have any.
         value: Takes the value of a counter or gauge from the numbers of a series.
         buckets: Upper bounds in seconds of a histogram, ascending, without ``+Inf``.
+        leaves_out: Tells by its label values which series of a histogram is not one of it, in a
+            table that it shares with a counter; None: each is.
     """
 
     description: Description
@@ -71,6 +73,7 @@ class Family(msgspec.Struct, frozen=True):
     exemplars: dict[LabelValues, BucketExemplars] = {}
     value: Callable[[Numbers], float] = itemgetter(0)
     buckets: tuple[float, ...] = ()
+    leaves_out: Callable[[LabelValues], bool] | None = None
 
     @property
     def samples(self) -> list[tuple[LabelSet, float]]:
@@ -84,6 +87,7 @@ class Family(msgspec.Struct, frozen=True):
         return [
             (labels, [*accumulate(map(int, numbers[:-1]))], float(numbers[-1]))
             for labels, numbers in zip(self.series, self.numbers, strict=True)
+            if self.leaves_out is None or not self.leaves_out(labels.values)
         ]
 
 

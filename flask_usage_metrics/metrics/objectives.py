@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from flask_usage_metrics.errors import ConfigError
-from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.records.record import TAKEN_OVER, UsageRecord
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
@@ -42,8 +42,10 @@ class Objective(msgspec.Struct, frozen=True):
         """Return the labels a request is counted under: name, and ``"good"`` or ``"bad"``.
 
         Returns:
-            None: The objective is not about the request.
+            None: The objective is not about the request, or that took over the connection.
         """
+        if record.status == TAKEN_OVER:
+            return None
         if (self.exclude or self.endpoints != ALL) and not _is_among(
             record.endpoint, self.endpoints, self.exclude
         ):

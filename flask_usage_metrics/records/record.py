@@ -9,6 +9,10 @@ import msgspec
 
 from flask_usage_metrics.records.urls import url_of
 
+TAKEN_OVER = 101
+"""Status of a connection that the app took over, as for a WebSocket. Its duration is the time that
+it was open, which is no latency."""
+
 
 # gc=False: it holds no cycle, and thousands of them would keep the garbage collector busy.
 class UsageRecord(msgspec.Struct, frozen=True, gc=False):

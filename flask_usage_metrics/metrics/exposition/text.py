@@ -134,8 +134,11 @@ def _histogram_writer(family: Family, openmetrics: bool) -> _Write:
     lines = buckets + others
     lines_with_exemplars = buckets.replace(b"%d.0", b"%b") + others
     exemplars = family.exemplars if openmetrics else {}
+    leaves_out = family.leaves_out
 
     def write(labels: LabelSet, numbers: Numbers) -> bytes:
+        if leaves_out is not None and leaves_out(labels.values):
+            return b""
         counts = [*accumulate(numbers[:-1])]
         seconds = number(numbers[-1]).encode()
         observed = exemplars.get(labels.values)
