@@ -26,9 +26,6 @@ CallerKey = tuple[tuple[str, ...], str | None]
 ClientFields = tuple[str | None, str | None, str | None, str | None, str | None, str]
 """The fields of a record from `user_agent` to `client`, in its order."""
 
-CLIENT = -1
-"""Position of `client` among them."""
-
 
 class Caller(msgspec.Struct, frozen=True, gc=False):
     """The client behind a request, as records keep it: the same for all its requests.
@@ -40,6 +37,7 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
         remote_addr: Field of the record.
         forwarded_for: Field of the record.
         client_fields: Fields of the record.
+        is_called_program: Whether the app's owner says that it is a program.
         is_prefetching: Whether a person's browser fetched what nobody asked for yet.
     """
 
@@ -49,6 +47,7 @@ class Caller(msgspec.Struct, frozen=True, gc=False):
     remote_addr: str | None
     forwarded_for: str | None
     client_fields: ClientFields
+    is_called_program: bool = False
     is_prefetching: bool = False
 
 
@@ -96,7 +95,8 @@ class Callers(TwoGenerationCache[CallerKey, Caller]):
         brands, _, platform = hints.partition("\n")
         address, is_trusted = self._whence(remote_addr, forwarded_for, peer)
         policy, country_lookup = self._policy, self._country_lookup
-        client = clients.describe(user_agent, brands, platform, self._own_kinds.kind_of(user_agent))
+        own = self._own_kinds.kind_of(user_agent)
+        client = clients.describe(user_agent, brands, platform, own)
         return Caller(
             address,
             is_trusted,
@@ -111,6 +111,7 @@ class Callers(TwoGenerationCache[CallerKey, Caller]):
                 clients.language(language),
                 client.kind,
             ),
+            own not in (None, clients.PERSON),
         )
 
     def _whence(

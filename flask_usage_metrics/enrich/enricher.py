@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from flask_usage_metrics.enrich.caller_fields import CALLER, CLIENT, Callers, nameless, prefetching
+from flask_usage_metrics.enrich.caller_fields import CALLER, Callers, nameless, prefetching
 from flask_usage_metrics.enrich.cleaning import (
     MAX_INT,
     app_text,
@@ -21,7 +21,6 @@ from flask_usage_metrics.enrich.cleaning import (
     queue_seconds,
     wsgi_text,
 )
-from flask_usage_metrics.enrich.clients import PERSON
 from flask_usage_metrics.enrich.clients.own_kinds import OwnKinds
 from flask_usage_metrics.enrich.country import CountryLookup
 from flask_usage_metrics.enrich.privacy.policy import Policy
@@ -164,8 +163,8 @@ class Enricher:
                 trace = extras.trace
                 trace_id, span_id = trace.trace_id, trace.span_id
                 parent_span_id = trace.parent_span_id
-            if visitor is not None and caller.client_fields[CLIENT] != PERSON:
-                visitor = None  # a program that keeps cookies, or that only its owner calls one
+            if caller.is_called_program:
+                visitor = None  # nobody knew when it was given the cookie
             received = extras.bytes_received
             if extras.is_prefetch:
                 caller = prefetching(caller)
