@@ -911,7 +911,7 @@ def test_other_commands_do_not_wait_for_what_this_one_needs(tmp_path: Path) -> N
         "import sys, flask_usage_metrics.cli\n"
         "print([name for name in sys.modules if name in ('opentelemetry', 'sqlalchemy')])"
     )
-    assert run_python(code) == (0, "[]\n", "")
+    assert run_python(code, fresh=True) == (0, "[]\n", "")
 
 
 @pytest.fixture

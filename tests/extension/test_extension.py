@@ -374,7 +374,7 @@ def test_importing_it_loads_nothing_that_is_used_later_or_never() -> None:
         late = {"sqlalchemy", "requests", "iptocc", "maxminddb", "ua_parser", "opentelemetry"}
         print(sorted(late & sys.modules.keys()))
     """
-    assert run_python(program) == (0, "[]\n", "")
+    assert run_python(program, fresh=True) == (0, "[]\n", "")
 
 
 @pytest.mark.skipif(find_spec("ua_parser_rs") is None, reason="the extra [ua] is not installed")

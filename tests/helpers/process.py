@@ -22,12 +22,17 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from .prepared import prepared
+
 TESTS = Path(__file__).parents[1]
 SECONDS = 60.0
 """How long a program may take, on a busy machine too."""
 
 # Python 3.12 warns of any fork beside threads; forks are what some tests are about.
 STRICT = ("error", "ignore:This process:DeprecationWarning")
+
+PREPARED = ((), tuple(flag for action in STRICT for flag in ("-W", action)))
+"""Options of Python with which most programs are started."""
 
 _started: weakref.WeakSet[Process] = weakref.WeakSet()
 
@@ -46,6 +51,30 @@ class Done(NamedTuple):
     stderr: str
 
 
+class Inline(NamedTuple):
+    """A Python program in a command line.
+
+    Attributes:
+        flags: Python's options.
+        source: The program.
+        arguments: Its arguments.
+    """
+
+    flags: tuple[str, ...]
+    source: str
+    arguments: list[str]
+
+
+def inline(command: list[str]) -> Inline | None:
+    """Return what ``python -c`` is to run with the options we prepare for, if a command is that."""
+    for flags in PREPARED:
+        before = [sys.executable, *flags, "-c"]
+        if command[: len(before)] == before:
+            source, *arguments = command[len(before) :]
+            return Inline(flags, source, arguments)
+    return None
+
+
 class Process(subprocess.Popen[str]):
     """A program that runs; ``with`` kills it in the end.
 
@@ -53,6 +82,8 @@ class Process(subprocess.Popen[str]):
         command: The program and its arguments.
         folder: Where it runs; None: where the tests do.
         env: Added to the environment, in which `PYTHONPATH` finds the package and the helpers.
+        fresh: Whether it imports all by itself; otherwise one that is ``python -c`` and has no
+            special options begins with the libraries, which takes a fraction of the time.
         **options: Of Popen; its input, its output and its errors are pipes unless said otherwise.
     """
 
@@ -61,9 +92,11 @@ class Process(subprocess.Popen[str]):
         *command: object,
         folder: Path | None = None,
         env: dict[str, str] | None = None,
+        fresh: bool = False,
         **options: Any,
     ) -> None:
         pipe = subprocess.PIPE
+        self._is_fresh = fresh or not {"stdin", "stdout", "stderr"}.issuperset(options)
         super().__init__(
             list(map(str, command)),
             cwd=folder,
@@ -72,6 +105,21 @@ class Process(subprocess.Popen[str]):
             **{"stdin": pipe, "stdout": pipe, "stderr": pipe} | options,
         )
         _started.add(self)
+
+    def _execute_child(self, command: list[str], *rest: Any) -> None:
+        # Of Popen, which waits, reads and kills as ever.
+        found = None if self._is_fresh else inline(command)
+        (_, _, _, _, folder, env, _, _, _), pipes = rest[:9], rest[9:15]
+        root = found and prepared(found.flags, env)
+        if not found or not root:
+            super()._execute_child(command, *rest)  # type: ignore[misc]
+            return
+        ends = (pipes[0], pipes[3], pipes[5])
+        descriptors = [own if own != -1 else standard for standard, own in enumerate(ends)]
+        place = str(folder or Path.cwd())
+        self.pid = root.start(found.source, found.arguments, place, env, descriptors)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
     def __exit__(self, *raised: Any) -> None:
         self.kill()

@@ -64,6 +64,8 @@ class Server:
     """
 
     log_name = "log"
+    is_fresh = False
+    """Whether it imports all by itself; see `Process`."""
 
     def __init__(self, folder: Path, *command: str, **environment: str) -> None:
         self.folder = folder
@@ -74,6 +76,7 @@ class Server:
                 *(part.replace("{port}", str(self.port)) for part in command),
                 folder=folder,
                 env=environment,
+                fresh=self.is_fresh,
                 stdin=None,
                 stdout=log,
                 stderr=log,

@@ -188,4 +188,4 @@ def test_built_in_storages_cost_no_look_at_what_is_installed() -> None:
         "assert 'sqlalchemy' not in sys.modules\n"
         "open_storage('sqlite://').close()\n"
     )
-    assert run_python(code) == (0, "", "")
+    assert run_python(code, fresh=True) == (0, "", "")
