@@ -221,6 +221,7 @@ class Enricher:
             consumer,
             parent_span_id,
             first_byte_seconds,
+            *target.campaign,
         )
 
     def _headers(self, texts: tuple[str, ...], origin: Origin) -> tuple[str, ...]:

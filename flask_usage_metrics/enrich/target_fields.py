@@ -1,4 +1,4 @@
-"""The target of a request -> fields of its record: method, host, path, query, rule, arguments."""
+"""The target of a request -> fields of its record: method, host, path, query, rule, campaign."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from flask_usage_metrics.enrich.campaigns import CampaignFields, campaign_of
 from flask_usage_metrics.enrich.cleaning import (
     encode,
     json_object,
@@ -39,12 +40,14 @@ class Target(msgspec.Struct, frozen=True, gc=False):
         fields: Fields of the record.
         view_args: JSON values; None when no route matched.
         nested: The same as JSON, if they are not all plain values: a copy would share some.
+        campaign: Further fields of the record.
     """
 
     asked_host: str
     fields: TargetFields
     view_args: dict[str, Any] | None
     nested: bytes | None
+    campaign: CampaignFields
 
 
 class Targets(TwoGenerationCache[TargetKey, Target]):
@@ -64,9 +67,9 @@ class Targets(TwoGenerationCache[TargetKey, Target]):
         view_args: dict[str, Any] | None = None if endpoint is None else {}
         if arguments is not None:
             view_args = json_object(arguments)
-        path, query, view_args = self._policy.target(
-            wsgi_path(path, 2048), wsgi_query(query, 4096), rule, view_args
-        )
+        query = wsgi_query(query, 4096)
+        campaign = campaign_of(self._policy.campaign_query(query) if query else "")
+        path, query, view_args = self._policy.target(wsgi_path(path, 2048), query, rule, view_args)
         fields = (
             wsgi_text(method, 32),
             wsgi_text(scheme, 8),
@@ -80,7 +83,7 @@ class Targets(TwoGenerationCache[TargetKey, Target]):
             blueprint_of(endpoint),
         )
         nested = None if _is_flat(view_args) else encode(view_args)
-        return Target(host, fields, view_args, nested)
+        return Target(host, fields, view_args, nested, campaign)
 
 
 @lru_cache(4096)

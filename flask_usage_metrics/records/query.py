@@ -30,6 +30,10 @@ EQUALITY_FILTERS = (
     "user_agent",
     "language",
     "app",
+    "utm_source",
+    "utm_medium",
+    "utm_campaign",
+    "ref",
 )
 """Filters that compare for equality: fields of the record by these names, and `url`."""
 

@@ -69,6 +69,11 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
         parent_span_id: Span of the caller, if it sent one.
         first_byte_seconds: Seconds until the first byte of the body was handed to the server, of a
             stream: a response that was handed over piece by piece. None of any other.
+        utm_source: What sent the visitor, such as ``"newsletter"``: the parameter of that name in
+            the query string, decoded, at most 256 characters.
+        utm_medium: Kind of what sent them, such as ``"email"``; likewise.
+        utm_campaign: Name of the campaign; likewise.
+        ref: The parameter ``ref``, such as ``"producthunt"``; likewise.
     """
 
     id: str
@@ -113,6 +118,10 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
     consumer: str | None = None
     parent_span_id: str | None = None
     first_byte_seconds: float | None = None
+    utm_source: str | None = None
+    utm_medium: str | None = None
+    utm_campaign: str | None = None
+    ref: str | None = None
 
     @property
     def is_server_error(self) -> bool:

@@ -74,9 +74,10 @@ class Storage(Writer):
             limit: Most records to yield; None: all.
             **filters: A field and its value, or a list of values of which any matches: endpoint,
                 method, status, country, client, path, username, blueprint, visitor, trace_id,
-                remote_addr, consumer, url, user_agent, language, app; also ``status_class="5xx"``
-                and ``path_prefix="/api/"``. None means unknown. An address may be spelled in any
-                way; a user's name also matches its pseudonyms.
+                remote_addr, consumer, url, user_agent, language, app, utm_source, utm_medium,
+                utm_campaign, ref; also ``status_class="5xx"`` and ``path_prefix="/api/"``. None
+                means unknown. An address may be spelled in any way; a user's name also matches
+                its pseudonyms.
 
         Raises:
             StorageUnavailable: The storage cannot be read now.

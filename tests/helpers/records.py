@@ -59,6 +59,10 @@ def make_record(**overrides: Any) -> UsageRecord:
         "consumer": None,
         "parent_span_id": None,
         "first_byte_seconds": None,
+        "utm_source": None,
+        "utm_medium": None,
+        "utm_campaign": None,
+        "ref": None,
     }
     return UsageRecord(**(fields | overrides))
 

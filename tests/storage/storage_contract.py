@@ -144,6 +144,10 @@ def any_records() -> st.SearchStrategy[UsageRecord]:
         app=st.sampled_from(["shop", "blog"]),
         process=texts,
         consumer=maybe,
+        utm_source=st.sampled_from([None, "news", "News"]),
+        utm_medium=maybe,
+        utm_campaign=maybe,
+        ref=maybe,
     )
 
 

@@ -90,6 +90,16 @@ def test_lines_that_are_no_records_are_skipped_and_kept(
     assert garbage in file.read_bytes()
 
 
+def test_a_line_of_an_earlier_version_lacks_fields(storage: JSONLinesStorage, file: Path) -> None:
+    record = make_record()
+    storage.write([record])
+    line = msgspec.json.decode(file.read_bytes())
+    for name in ("consumer", "parent_span_id", "utm_source", "utm_medium", "utm_campaign", "ref"):
+        assert line.pop(name) is None
+    file.write_bytes(msgspec.json.encode(line) + b"\n")
+    assert list(storage.records(utm_source=None)) == [record]
+
+
 def test_a_field_of_a_later_version_is_ignored(storage: JSONLinesStorage, file: Path) -> None:
     storage.write([record := make_record()])
     file.write_text(file.read_text().replace('{"id"', '{"later": [1], "id"'))

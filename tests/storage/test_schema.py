@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -364,6 +365,27 @@ def test_a_process_that_starts_does_not_look_at_tables_again(database: str) -> N
         ]
         assert len(statements) == 1
         assert "flask_usage_schema" in statements[0]
+
+
+def test_a_table_of_an_earlier_version_gets_the_new_columns(database: str) -> None:
+    added = ("utm_source", "utm_medium", "utm_campaign", "ref")
+    with opened(database) as storage:
+        storage.write([old := make_record(track_var={"a": 1}, username="ann")])
+    if database.startswith("sqlite") and sqlite3.sqlite_version_info < (3, 35):
+        pytest.skip("SQLite drops no columns")
+    with connected(database) as connection:
+        for name in added:
+            connection.exec_driver_sql(f"ALTER TABLE flask_usage DROP COLUMN {name}")
+        connection.exec_driver_sql(
+            "UPDATE flask_usage_schema SET version = 1 WHERE component = 'records'"
+        )
+    with opened(database) as storage:
+        new = make_record(utm_source="news", utm_medium="email", utm_campaign="é", ref="hn")
+        storage.write([new])
+        assert list(storage.records()) == [old, new]
+        assert storage.count(utm_source=None) == storage.count(ref="hn") == 1
+        assert storage.plan() == []
+    assert noted(database)["records"] == VERSION
 
 
 def test_components_have_versions_of_their_own(database: str) -> None:

@@ -92,6 +92,14 @@ class Policy:
             path = redactor.path(path)
         return path, redactor.query(query) if self._is_full else "", values
 
+    def campaign_query(self, query: str) -> str:
+        """Return the query string that the campaign is taken from; ``""`` if none is kept.
+
+        Args:
+            query: As in `target`.
+        """
+        return "" if self.is_nameless else self._redactor.query(_uncut(query, "&"))
+
     def address(self, address: str | None) -> str | None:
         """Return what is kept of an address."""
         if self.is_nameless:

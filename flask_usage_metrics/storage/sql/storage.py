@@ -38,7 +38,7 @@ PAGE = 500
 DELETED_AT_ONCE = 5_000
 """Rows deleted, or looked through, in one transaction, for which writers wait."""
 
-VERSION = 2
+VERSION = 3
 """Version of the table of records; to be raised when its columns or indexes change."""
 
 _PATIENCE_SECONDS = 0.1

@@ -89,6 +89,10 @@ COLUMNS: tuple[tuple[str, sa.types.TypeEngine[Any], str], ...] = (
     ("consumer", TEXT, "consumer"),
     ("parent_span_id", TEXT, "parent_span_id"),
     ("first_byte_seconds", FLOAT, "first_byte_seconds"),
+    ("utm_source", TEXT, "utm_source"),
+    ("utm_medium", TEXT, "utm_medium"),
+    ("utm_campaign", TEXT, "utm_campaign"),
+    ("ref", TEXT, "ref"),
 )
 _FIELDS = UsageRecord.__struct_fields__
 _URL_FIELDS = ("scheme", "host", "root_path", "path", "query")
