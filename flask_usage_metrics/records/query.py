@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.records.variables import VARIABLE, variable_key, variable_text
 
 Order = Literal["oldest", "newest"]
 Every = Literal["hour", "day", "month"]
@@ -35,10 +36,15 @@ EQUALITY_FILTERS = (
     "utm_campaign",
     "ref",
 )
-"""Filters that compare for equality: fields of the record by these names, and `url`."""
+"""Filters that compare for equality: fields of the record by these names, and `url`. Any key of
+``g.track_var`` does as well: ``track_var.<key>``."""
 
 GROUP_FIELDS = (*EQUALITY_FILTERS, "browser", "platform", "exception", "rule")
-"""Fields of the record that `summarize` can group by, and `url`."""
+"""Fields of the record that `summarize` can group by, and `url`; and any ``track_var.<key>``."""
+
+
+_ANY_VARIABLE = f"{VARIABLE}<key>"
+_OTHER_FILTERS = (_ANY_VARIABLE, "status_class", "path_prefix")
 
 
 class Filter(msgspec.Struct, frozen=True):
@@ -47,7 +53,8 @@ class Filter(msgspec.Struct, frozen=True):
     Attributes:
         since: Aware UTC; included. None: from the first.
         until: Aware UTC; not included. None: to the last.
-        any_of: For each field, the values it may have; None among them means unknown.
+        any_of: For each field, the values it may have; None among them means unknown. Those of a
+            ``track_var.<key>`` are texts, as `variable_text` returns them.
         status_classes: First digits the status may have, such as ``{5}``; None: any.
         path_prefixes: Beginnings the path may have; None: any.
     """
@@ -80,12 +87,18 @@ class Filter(msgspec.Struct, frozen=True):
             values = as_tuple(given)
             if name in EQUALITY_FILTERS:
                 any_of[name] = values
+            elif variable_key(name) is not None:
+                texts = [(value, variable_text(value)) for value in values]
+                # A list, which is no value to count by, is not what is absent.
+                any_of[name] = tuple(
+                    text for value, text in texts if value is None or text is not None
+                )
             elif name == "status_class":
                 status_classes = frozenset(_status_class(value) for value in values)
             elif name == "path_prefix":
                 path_prefixes = tuple(str(value) for value in values)
             else:
-                known = ", ".join((*EQUALITY_FILTERS, "status_class", "path_prefix"))
+                known = ", ".join((*EQUALITY_FILTERS, *_OTHER_FILTERS))
                 raise TypeError(f"unknown filter {name!r}: expected one of {known}")
         return cls(as_utc(since), as_utc(until), any_of, status_classes, path_prefixes)
 
@@ -99,7 +112,19 @@ class Filter(msgspec.Struct, frozen=True):
             return False
         if self.path_prefixes is not None and not record.path.startswith(self.path_prefixes):
             return False
-        return all(getattr(record, field) in values for field, values in self.any_of.items())
+        return all(value_of(record, field) in values for field, values in self.any_of.items())
+
+
+def value_of(record: UsageRecord, field: str) -> Any:
+    """Return the value of a record that filters and groups compare.
+
+    Args:
+        record: The record.
+        field: One of `GROUP_FIELDS`, or ``track_var.<key>``.
+    """
+    if field.startswith(VARIABLE):
+        return variable_text(record.track_var.get(field.removeprefix(VARIABLE)))
+    return getattr(record, field)
 
 
 def as_tuple(given: Any) -> tuple[Any, ...]:
@@ -152,9 +177,10 @@ def check_grouping(by: Collection[str], every: str | None) -> tuple[str, ...]:
     """
     fields = (by,) if isinstance(by, str) else tuple(by)
     for field in fields:
-        if field not in GROUP_FIELDS:
+        if field not in GROUP_FIELDS and variable_key(field) is None:
             raise ValueError(
-                f"cannot group by {field!r}: expected one of {', '.join(GROUP_FIELDS)}"
+                f"cannot group by {field!r}: expected one of "
+                f"{', '.join((*GROUP_FIELDS, _ANY_VARIABLE))}"
             )
     if every not in (None, "hour", "day", "month"):
         raise ValueError(f"every must be 'hour', 'day', 'month' or None, not {every!r}")

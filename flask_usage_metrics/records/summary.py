@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from flask_usage_metrics.records.methods import METHODS, OTHER_METHOD
-from flask_usage_metrics.records.query import Every, truncate
+from flask_usage_metrics.records.query import Every, truncate, value_of
 from flask_usage_metrics.records.record import UsageRecord
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -111,7 +111,7 @@ def summarize_records(
 
 
 def _group_value(record: UsageRecord, field: str) -> Any:
-    value = getattr(record, field)
+    value = value_of(record, field)
     return OTHER_METHOD if field == "method" and value not in METHODS else value
 
 

@@ -75,9 +75,10 @@ class Storage(Writer):
             **filters: A field and its value, or a list of values of which any matches: endpoint,
                 method, status, country, client, path, username, blueprint, visitor, trace_id,
                 remote_addr, consumer, url, user_agent, language, app, utm_source, utm_medium,
-                utm_campaign, ref; also ``status_class="5xx"`` and ``path_prefix="/api/"``. None
-                means unknown. An address may be spelled in any way; a user's name also matches
-                its pseudonyms.
+                utm_campaign, ref; also ``status_class="5xx"`` and ``path_prefix="/api/"``, and
+                ``**{"track_var.plan": "gold"}`` for any key of ``g.track_var``, with a text, a
+                number or a bool. None means unknown. An address may be spelled in any way; a
+                user's name also matches its pseudonyms.
 
         Raises:
             StorageUnavailable: The storage cannot be read now.
@@ -141,7 +142,8 @@ class Storage(Writer):
 
         Args:
             by: Fields to group by, those of the filters, browser, platform, exception and rule;
-                empty: one group.
+                empty: one group. The value of a ``"track_var.plan"`` is a text, or None: see
+                `variable_text`.
             since: As in `records`.
             until: As in `records`.
             every: ``"hour"``, ``"day"``, ``"month"`` or None.

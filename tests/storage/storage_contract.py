@@ -92,6 +92,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 json_objects = st.dictionaries(texts, json_values, max_size=3)
+variables = st.dictionaries(st.sampled_from(["plan", "Plan", "größe-1"]), json_values, max_size=2)
 
 
 def any_records() -> st.SearchStrategy[UsageRecord]:
@@ -136,7 +137,7 @@ def any_records() -> st.SearchStrategy[UsageRecord]:
         authorization=st.booleans(),
         username=maybe,
         visitor=maybe,
-        track_var=json_objects,
+        track_var=json_objects | variables,
         trace_id=maybe,
         span_id=maybe,
         queue_seconds=st.none() | seconds,
@@ -694,6 +695,52 @@ class StorageContract(StorageCore):
         assert list(storage.records(**{field: str(one).lower()})) == []
         assert storage.count(**{field: (one, None)}) == 2 + len(unknown)
 
+    def test_any_variable_filters_and_groups_by_its_text(self, storage: Storage) -> None:
+        values = {
+            "gold": ["gold"],
+            "Gold": ["Gold"],
+            "gold ": ["gold "],
+            "5": [5, "5"],
+            "true": [True, "true"],
+            "false": [False],
+            "0.1": [0.1],
+            "1e22": [1e22],
+            "0.30000000000000004": [0.1 + 0.2],
+            str(2**63 - 1): [2**63 - 1],
+            "null": ["null"],
+            "": [""],
+            **{text: [text] for text in HOSTILE[:6]},
+            None: [None, [1], {"plan": "gold"}],
+        }
+        records = [
+            make_record(track_var={"x": "gold", "plan": value, "größe-1": 1})
+            for those in values.values()
+            for value in those
+        ]
+        records.append(make_record(track_var={}))
+        storage.write(records)
+        expected = {text: len(those) for text, those in values.items()}
+        expected[None] += 1
+        found = storage.summarize(by=("track_var.plan",))
+        assert {one.group["track_var.plan"]: one.requests for one in found} == expected
+        for text, those in values.items():
+            for value in (text, *(one for one in those if not isinstance(one, list | dict))):
+                assert storage.count(**{"track_var.plan": value}) == expected[text], value
+        plans = {"track_var.plan": ["gold", 5, True]}
+        assert len(list(storage.records(**plans))) == 5
+        assert [one.requests for one in storage.summarize("track_var.größe-1", **plans)] == [5]
+        assert storage.count(**{"track_var.plan": [["gold"], {"a": 1}, float("nan")]}) == 0
+        assert storage.count(**{"track_var.größe-1": None}) == 1
+        assert storage.delete(storage.wanted(None, None, plans)) == 5
+        assert storage.count() == len(records) - 5
+
+    @pytest.mark.parametrize("key", ["", "1", "a b", "a'b", 'a"b', "a\\", "a.b", "a]", "%s", "x\n"])
+    def test_a_variable_of_an_odd_name_is_refused(self, storage: Storage, key: str) -> None:
+        with pytest.raises(TypeError, match=r"unknown filter .track_var"):
+            storage.count(**{f"track_var.{key}": "x"})
+        with pytest.raises(ValueError, match=r"cannot group by .track_var"):
+            storage.summarize(by=(f"track_var.{key}",))
+
     def test_filters_hold_all_at_once(self, storage: Storage) -> None:
         records = [
             make_record(endpoint=endpoint, status=status)
@@ -797,7 +844,11 @@ class StorageContract(StorageCore):
 
     @given(
         records=st.lists(any_records(), min_size=1, max_size=25),
-        by=st.lists(st.sampled_from(GROUP_FIELDS), max_size=3, unique=True),
+        by=st.lists(
+            st.sampled_from([*GROUP_FIELDS, "track_var.plan", "track_var.größe-1"]),
+            max_size=3,
+            unique=True,
+        ),
         every=st.sampled_from([None, "hour", "day", "month"]),
         filters=st.fixed_dictionaries(
             {},
@@ -808,6 +859,7 @@ class StorageContract(StorageCore):
                 "method": st.sampled_from(["GET", ["get", None]]),
                 "status_class": st.sampled_from(["5xx", ["2xx", "5xx"]]),
                 "path_prefix": st.sampled_from(["/", "/a", "/a_", ["/A", "/a%"]]),
+                "track_var.plan": st.sampled_from([None, ["", True, 0], [None, False, "null"]]),
                 "since": st.just(datetime(2025, 12, 30, 12, tzinfo=UTC)),
                 "until": st.just(datetime(2026, 1, 1, tzinfo=UTC)),
             },

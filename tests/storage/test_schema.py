@@ -178,6 +178,27 @@ def test_a_table_of_flask_track_usage_is_upgraded_in_place(database: str, state:
     assert noted(database)["records"] == VERSION
 
 
+def test_what_flask_track_usage_cut_off_is_no_variable(database: str) -> None:
+    make_old(database)
+    texts = ['{"a": "gold", "b": true}', '{"a": "go', "", "gold", '{"a": "\\u00', '["a"]', "{}"]
+    with connected(database) as connection:
+        for text in texts:
+            connection.execute(
+                sa.text("INSERT INTO flask_usage (datetime, track_var) VALUES (:at, :text)"),
+                {"at": MOMENT.replace(tzinfo=None), "text": text},
+            )
+    with opened(database) as storage:
+        found = storage.summarize(by=("track_var.a",))
+        assert {one.group["track_var.a"]: one.requests for one in found} == {
+            "1": 3,
+            "gold": 1,
+            None: 6,
+        }
+        assert storage.count(**{"track_var.a": "gold", "track_var.b": True}) == 1
+        storage.write([make_record(track_var={"a": {"b": 1}, "b": "true"})])
+        assert storage.count(**{"track_var.b": "true"}) == 2
+
+
 def test_an_old_table_is_upgraded_by_who_reads_it_first(database: str) -> None:
     make_old(database)
     with opened(database) as storage:

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from flask_usage_metrics.records.methods import METHODS, OTHER_METHOD
 from flask_usage_metrics.records.query import Every, Filter, Order
 from flask_usage_metrics.records.record import UsageRecord
+from flask_usage_metrics.records.variables import variable_key
 from flask_usage_metrics.storage.sql.dialects.base import Dialect
 from flask_usage_metrics.storage.sql.table import COLUMN_OF, IF_NULL
 
@@ -35,9 +36,16 @@ class Query:
         return self._dialect.moment(self._table.c.datetime)
 
     def field(self, name: str) -> Any:
-        """Return the expression for a field of the record, with `IF_NULL` in place of null."""
+        """Return the expression for a field of the record, with `IF_NULL` in place of null.
+
+        Args:
+            name: Of the field, or ``track_var.<key>``.
+        """
         if name == "started_at":
             return self.moment
+        key = variable_key(name)
+        if key is not None:
+            return self._dialect.variable(self._table.c.track_var, key)
         column = self._table.c[COLUMN_OF[name]]
         if name not in IF_NULL:
             return column
@@ -102,10 +110,11 @@ class Query:
         """Return the condition that a field is one of the values.
 
         Args:
-            field: One of `EQUALITY_FILTERS`.
+            field: One of `EQUALITY_FILTERS`, or ``track_var.<key>``.
             values: None means unknown; a value of another type than the field's matches nothing.
         """
-        column = self._table.c[COLUMN_OF[field]]
+        # A column as it is: see `conditions`.
+        column = self._table.c[COLUMN_OF[field]] if field in COLUMN_OF else self.field(field)
         # Only values of the field's type: databases would take "200" for 200 in some places.
         kind: type | tuple[type, ...] = int if field == "status" else str
         present = [value for value in values if isinstance(value, kind) and _fits(value)]

@@ -9,6 +9,9 @@ promises, which the storage contract tests on each database:
   ``2026-11-22`` or ``2026-11``: the same in all databases, sorting by time. The expression has no
   parameters, so that it can be grouped by. `period_start` makes a datetime of the text.
 - **Texts** are compared by their characters alone: case, accents and trailing spaces count.
+- **Variables** (`variable`): what `variable_text` makes of a value in a JSON text; null where that
+  is None, and where the text is no JSON, such as one that flask-track-usage cut off. The expression
+  has no parameters either.
 - **Null** sorts before everything, in `ascending` and in the indexes that `Schema` creates.
 - **Locks** (`lock`): one process at a time is inside, in a transaction that is committed at the
   end, or rolled back by an exception. Nothing may be read or written on the connection before.
@@ -300,6 +303,15 @@ class Dialect(ABC):
         Args:
             moment: Of `moment`.
             every: ``"hour"``, ``"day"`` or ``"month"``.
+        """
+
+    @abstractmethod
+    def variable(self, column: sa.Column[Any], key: str) -> sa.ColumnElement[str]:
+        """Return the expression for a value of ``g.track_var`` as a text; see above.
+
+        Args:
+            column: Of texts, JSON objects most of them.
+            key: Letters, digits, ``_`` and ``-``: nothing that would have to be escaped.
         """
 
     @abstractmethod

@@ -220,6 +220,19 @@ class MariaDB(Dialect):
         length: Any = sa.literal_column(str(_PERIOD_CHARACTERS[every]))
         return sa.func.left(sa.cast(moment, sa.CHAR(26)), length)
 
+    def variable(self, column: sa.Column[Any], key: str) -> sa.ColumnElement[str]:
+        """Take the value out; its text compares as the columns do."""
+        path: Any = sa.literal_column(f"""'$."{key}"'""")
+        value = sa.func.json_extract(column, path)
+        others: list[Any] = [sa.literal_column(f"'{kind}'") for kind in ("NULL", "ARRAY", "OBJECT")]
+        return sa.case(
+            (sa.func.json_valid(column) == sa.literal_column("0"), sa.null()),
+            (
+                sa.func.json_type(value).not_in(others),
+                sa.collate(sa.func.json_unquote(value), self._collation()),
+            ),
+        )
+
     def any_of(
         self, expression: sa.ColumnElement[Any], values: Sequence[Any]
     ) -> sa.ColumnElement[bool]:

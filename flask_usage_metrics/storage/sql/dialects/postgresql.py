@@ -51,6 +51,13 @@ _PHRASES = (
 )
 
 
+# A JSON object of simple values, if there is no backslash in it.
+_SIMPLE_TEXT = '"[^"[:cntrl:]]*"'
+_SIMPLE_NUMBER = "-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]+)?"
+_SIMPLE_PAIR = f"{_SIMPLE_TEXT}: *({_SIMPLE_TEXT}|{_SIMPLE_NUMBER}|true|false|null)"
+_SIMPLE_OBJECT = f"^[{{]({_SIMPLE_PAIR}(, *{_SIMPLE_PAIR})*)?[}}]$"
+
+
 class PostgreSQL(Dialect):
     """PostgreSQL. A batch is one statement with one JSON parameter, an array of values a column.
 
@@ -178,6 +185,30 @@ class PostgreSQL(Dialect):
     def period(self, moment: sa.ColumnElement[Any], every: Every) -> sa.ColumnElement[str]:
         """Format the time."""
         return sa.func.to_char(moment, sa.literal_column(f"'{_PERIODS[every]}'"))
+
+    def variable(self, column: sa.Column[Any], key: str) -> sa.ColumnElement[str]:
+        """Take the value out of what surely is JSON: PostgreSQL could tell only since version 16.
+
+        That is what we wrote, and of flask-track-usage's rows those of simple values.
+        """
+        quoted: Any = sa.literal_column(f"'{key}'")
+        parsed = sa.cast(column, postgresql.JSON)
+        value = parsed.op("->")(quoted)
+        kinds: list[Any] = [
+            sa.literal_column(f"'{kind}'") for kind in ("string", "number", "boolean")
+        ]
+        is_ours = column.table.c.record_id.is_not(None)
+        is_simple = sa.and_(
+            column.bool_op("~")(sa.literal_column(f"'{_SIMPLE_OBJECT}'")),
+            sa.func.strpos(column, sa.func.chr(sa.literal_column("92"))) == sa.literal_column("0"),
+        )
+        # CASE, as AND promises no order.
+        return sa.case(
+            (
+                sa.or_(is_ours, is_simple),
+                sa.case((sa.func.json_typeof(value).in_(kinds), parsed.op("->>")(quoted))),
+            )
+        )
 
     def any_of(
         self, expression: sa.ColumnElement[Any], values: Sequence[Any]

@@ -374,6 +374,29 @@ class SQLite(Dialect):
             moment, sa.literal_column("1"), sa.literal_column(str(_PERIOD_CHARACTERS[every]))
         )
 
+    def variable(self, column: sa.Column[Any], key: str) -> sa.ColumnElement[str]:
+        """Take the value out; json_extract makes 1 of true, and other digits of some numbers.
+
+        With two paths it returns an array as it is written, such as ``[0.1,0.1]``.
+        """
+        path: Any = sa.literal_column(f"""'$."{key}"'""")
+        kind, value = sa.func.json_type(column, path), sa.func.json_extract(column, path)
+        twice = sa.func.json_extract(column, path, path)
+        return sa.case(
+            (sa.func.json_valid(column) == sa.literal_column("0"), sa.null()),
+            (kind == sa.literal_column("'text'"), value),
+            (kind == sa.literal_column("'true'"), sa.literal_column("'true'")),
+            (kind == sa.literal_column("'false'"), sa.literal_column("'false'")),
+            (
+                kind.in_([sa.literal_column("'integer'"), sa.literal_column("'real'")]),
+                sa.func.substr(
+                    twice,
+                    sa.literal_column("2"),
+                    (sa.func.length(twice) - sa.literal_column("3")) // sa.literal_column("2"),
+                ),
+            ),
+        )
+
     def any_of(
         self, expression: sa.ColumnElement[Any], values: Sequence[Any]
     ) -> sa.ColumnElement[bool]:
