@@ -9,13 +9,18 @@ from urllib.parse import quote
 
 import msgspec
 
-from flask_usage_metrics.runtime.texts import encodable, from_wsgi, without_nul
+from flask_usage_metrics.runtime.texts import (
+    CONTROLS,
+    encodable,
+    from_wsgi,
+    printable,
+    without_nul,
+)
 
 MAX_INT = 2**63 - 1
 """The largest integer of the databases; larger numbers are cut to it."""
 
 _MAX_LABEL = 512
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\udc80-\udcff]")
 
 _MAX_QUEUE_SECONDS = 300.0
@@ -35,14 +40,14 @@ def wsgi_text(text: str, length: int) -> str:
     text = text[: 4 * length]
     if not text.isascii():
         text = from_wsgi(text)
-    return _printable(text)[:length]
+    return printable(text)[:length]
 
 
 def wsgi_path(text: str, length: int) -> str:
     """Return a path of a WSGI environ as `wsgi_text` does, but with control characters encoded."""
     if not text.isascii() or not text.isprintable():
         text = from_wsgi(text[: 4 * length])
-        text = _CONTROLS.sub(lambda found: quote(found[0]), text)
+        text = CONTROLS.sub(lambda found: quote(found[0]), text)
     return text[:length]
 
 
@@ -62,15 +67,7 @@ def app_text(text: str) -> str:
     """Return a text of the app's own with only valid Unicode, without control characters."""
     if text.isascii() and text.isprintable():
         return text
-    return _printable(encodable(text))
-
-
-def _printable(text: str) -> str:
-    """Return a text without NUL, and with U+FFFD for each other control character.
-
-    These would break a line of a log, or command the terminal that shows a record.
-    """
-    return _CONTROLS.sub("\ufffd", text.replace("\0", ""))
+    return printable(encodable(text))
 
 
 @lru_cache(4096)

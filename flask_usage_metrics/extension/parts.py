@@ -150,6 +150,14 @@ def make_visitors(
     )
 
 
+def warn_of_empty_labels(settings: Settings, policy: Policy) -> None:
+    """Say so if labels are asked for whose values are not kept."""
+    if settings.shape.labels and policy.is_nameless:
+        logger.warning(
+            "TRACK_USAGE_PRIVACY = 'strict' keeps no g.track_var: TRACK_USAGE_LABELS are empty"
+        )
+
+
 def make_pseudonyms(app: Flask, totals: Totals, faults: Faults) -> Pseudonyms:
     """Return the maker of the pseudonyms that replace user names."""
     config = app.config  # rather than the app, which may be dropped before all is written

@@ -16,7 +16,7 @@ from flask_usage_metrics.enrich.privacy.policy import PRESETS, Preset
 from flask_usage_metrics.enrich.privacy.secrets import SecretFinder
 from flask_usage_metrics.enrich.trusted_proxies import TrustedProxies
 from flask_usage_metrics.errors import ConfigError, UnknownName
-from flask_usage_metrics.metrics.names import LABELS, REQUEST_LABELS
+from flask_usage_metrics.extension.label_settings import check_labels
 from flask_usage_metrics.metrics.objectives import Objective, parse_objectives
 from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.records.summary import BUCKETS
@@ -119,12 +119,14 @@ def read(config: Mapping[str, Any]) -> Settings:
             nearest = get_close_matches(given, KEYS, 1, cutoff=0)[0]
             raise ConfigError(f"unknown setting {given}: did you mean {nearest}?")
     values = {name.removeprefix(PREFIX).lower(): _read(config, name) for name in KEYS}
+    labels = check_labels(
+        values.pop("labels"), values.pop("histogram_labels"), values.pop("label_names")
+    )
     shape = Shape(
         max_series=values.pop("max_series"),
-        histogram_labels=values.pop("histogram_labels"),
         buckets=values.pop("buckets"),
-        label_names=values.pop("label_names"),
         objectives=values.pop("slo"),
+        **labels._asdict(),
     )
     return Settings(
         include_only=values.pop("include_or_exclude_views") == "include",
@@ -287,23 +289,12 @@ def _buckets(given: Any) -> tuple[float, ...]:
     return bounds
 
 
-def _histogram_labels(given: Any) -> tuple[str, ...]:
-    names = _texts(given)
-    if not set(names) <= set(REQUEST_LABELS):
-        raise ValueError
-    return tuple(label for label in REQUEST_LABELS if label in names)
+def _optional_texts(given: Any) -> tuple[str, ...] | None:
+    return None if given is None else _texts(given)
 
 
-def _label_names(given: Any) -> dict[str, str]:
-    renamed = json.loads(given) if isinstance(given, str) else dict(given)
-    names = [renamed.get(label, label) for label in LABELS]
-    for name in names:
-        # Prometheus keeps what starts with two underscores, and le, for itself.
-        if not (name.isidentifier() and name.isascii()) or name.startswith("__") or name == "le":
-            raise ValueError
-    if len(set(names)) < len(names) or not set(renamed) <= set(LABELS):
-        raise ValueError
-    return {label: name for label, name in renamed.items() if label != name}
+def _mapping(given: Any) -> dict[Any, Any]:
+    return dict(json.loads(given) if isinstance(given, str) else given)
 
 
 def _objectives(given: Any) -> tuple[Objective, ...]:
@@ -363,15 +354,14 @@ KEYS: dict[str, Key] = {
     "TRACK_USAGE_TRACES": Key(False, "True, False or a SpanExporter", _traces),
     "TRACK_USAGE_TRACES_ENDUSER": Key(False, "True or False", _flag),
     "TRACK_USAGE_MAX_SERIES": Key(10_000, "a positive int", _positive_int),
+    "TRACK_USAGE_LABELS": Key((), "a list of keys of g.track_var", _texts),
     "TRACK_USAGE_HISTOGRAM_LABELS": Key(
-        REQUEST_LABELS, f"a list of some of {', '.join(REQUEST_LABELS)}", _histogram_labels
+        None, "a list of some of the counter's labels or None", _optional_texts
     ),
     "TRACK_USAGE_BUCKETS": Key(
         BUCKETS, "a list of ascending positive numbers of seconds", _buckets
     ),
-    "TRACK_USAGE_LABEL_NAMES": Key(
-        {}, f"a dict of new names for some of {', '.join(LABELS)}", _label_names
-    ),
+    "TRACK_USAGE_LABEL_NAMES": Key({}, "a dict of new names for some labels", _mapping),
     "TRACK_USAGE_SLO": Key(
         None,
         "a dict of ratios between 0 and 1, of pairs of such a ratio and seconds, or of dicts of "

@@ -29,6 +29,7 @@ from flask_usage_metrics.extension.parts import (
     make_traces,
     make_visitors,
     make_writers,
+    warn_of_empty_labels,
 )
 from flask_usage_metrics.extension.settings import read
 from flask_usage_metrics.extension.tracking import Tracking, keep, package_version
@@ -101,6 +102,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         respects_refusals=settings.respect_gpc,
         pseudonyms=pseudonyms,
     )
+    warn_of_empty_labels(settings, policy)
     visitors = make_visitors(settings, policy, collector.totals, key, faults)
     enricher = Enricher(
         app.name,

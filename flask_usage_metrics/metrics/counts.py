@@ -8,7 +8,7 @@ from operator import itemgetter
 
 from flask_usage_metrics.metrics.exemplars import pack
 from flask_usage_metrics.metrics.families import Family, LabelValues, Numbers
-from flask_usage_metrics.metrics.label_bounds import LabelBounds
+from flask_usage_metrics.metrics.label_bounds import LabelBounds, own_values
 from flask_usage_metrics.metrics.names import (
     CLIENT_REQUESTS,
     CONSUMER_REQUESTS,
@@ -54,7 +54,7 @@ class Counts:
         self.tables: dict[str, Table] = {}
         self._requests = self._table(REQUESTS, latencies)
         # With the same labels the counter and the histogram are the same numbers, kept once.
-        same = shape.histogram_labels == REQUEST_LABELS
+        same = shape.histogram_labels == shape.request_labels
         self._durations = self._requests if same else self._table(DURATION, latencies)
         self._exceptions = self._table(EXCEPTIONS, 1)
         self._sizes = self._table(RESPONSE_BYTES, 2)  # sent, received
@@ -88,8 +88,16 @@ class Counts:
         # Hot path: see "Figures behind the code" in tests/benchmarks/README.md. A record of a known
         # combination calls nothing of ours.
         known, bounds, objectives = self._labels.known, self._buckets, self._objectives
+        own = self._shape.labels
         for record in records:
-            key = (record.method, record.endpoint, record.status, record.country, record.client)
+            key = (
+                record.method,
+                record.endpoint,
+                record.status,
+                record.country,
+                record.client,
+                own_values(record.track_var, own) if own else (),
+            )
             requests, durations, sizes, clients = known.get(key) or self._labels.find(key)
             seconds = record.duration_seconds
             bucket = bisect_left(bounds, seconds)

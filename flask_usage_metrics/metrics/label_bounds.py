@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from flask_usage_metrics.metrics.families import LabelValues
 from flask_usage_metrics.metrics.names import (
     FOLDED,
     OTHER_STATUS,
-    REQUEST_LABELS,
     UNKNOWN_COUNTRY,
     UNMATCHED,
 )
 from flask_usage_metrics.metrics.series import Series, Table
 from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.records.methods import METHODS, OTHER_METHOD
+from flask_usage_metrics.records.variables import variable_text
+from flask_usage_metrics.runtime.texts import printable
 
-Combination = tuple[str, str | None, int, str | None, str]
-"""Method, endpoint, status, country and client of a record."""
+Combination = tuple[str, str | None, int, str | None, str, LabelValues]
+"""Method, endpoint, status, country and client of a record, and the values of the app's own labels.
+"""
 
 RequestSeries = tuple[Series, Series, Series, Series]
 """The series that a request counts in: of requests, durations, sizes and clients."""
 
 _STATUSES = {status: str(status) for status in range(100, 600)}
 
+_MOST_CHARACTERS = 128
+"""Characters of a value of an app's own label; the rest is cut off."""
+
 
 class LabelBounds:
     """Finds the series that a request counts in, and bounds how many there are.
 
     A table that is full folds labels that were not seen before into ``__other__``: of a request the
-    country first, then the endpoint. Each fold is counted.
+    app's own first, from the last to the first, then the country, then the endpoint. Each fold is
+    counted.
 
     Args:
-        shape: Its bound, and the labels of the histogram.
-        requests: By method, endpoint, status and country.
+        shape: Its bound, the app's own labels, and those of the histogram.
+        requests: By method, endpoint, status, country and the app's own labels.
         durations: By some of these; the same table if by all.
         sizes: By endpoint.
         clients: By kind of client, of which there are few.
@@ -53,13 +62,16 @@ class LabelBounds:
     ) -> None:
         self.known: dict[Combination, RequestSeries] = {}
         self._max_known = shape.max_series
-        self._picked = [REQUEST_LABELS.index(label) for label in shape.histogram_labels]
+        self._names = shape.request_labels
+        self._picked = [*map(self._names.index, shape.histogram_labels)]
+        folds = (*shape.labels[::-1], "country", "endpoint")
+        self._folds = [*map(self._names.index, folds)]
         self._requests = requests
         self._durations = durations
         self._sizes = sizes
         self._clients = clients
         self._overflow = overflow
-        for label in ("country", "endpoint", "exception", "consumer"):
+        for label in ("country", "endpoint", "exception", "consumer", *shape.labels):
             overflow.new_numbers((label,))
 
     def find(self, key: Combination) -> RequestSeries:
@@ -68,12 +80,13 @@ class LabelBounds:
         It is not added if a full table folded a label: each fold is counted, and there is none once
         the series comes from another worker.
         """
-        method, endpoint, status, country, client = key
+        method, endpoint, status, country, client, own = key
         values = (
             method if method in METHODS else OTHER_METHOD,
             UNMATCHED if endpoint is None else endpoint,
             _STATUSES.get(status, OTHER_STATUS),
             country or UNKNOWN_COUNTRY,
+            *own,
         )
         requests = self._requests.series.get(values) or self._first_seen(values)
         durations = requests
@@ -103,16 +116,37 @@ class LabelBounds:
             self._overflow.new_numbers((label,))[0] += 1
         (series.new or series.start())[0] += 1
 
-    def _first_seen(self, values: tuple[str, str, str, str]) -> Series:
+    def _first_seen(self, values: LabelValues) -> Series:
         """Return the series for labels of a request that were not seen before."""
         table = self._requests
         if not table.is_full():
             return table.find(values)
-        method, endpoint, status, _ = values
-        self._overflow.new_numbers(("country",))[0] += 1
-        values = (method, endpoint, status, FOLDED)
-        # Some room beyond the bound keeps the endpoints apart for a while longer.
-        if values not in table.series and table.is_full(spare=table.bound // 10):
-            self._overflow.new_numbers(("endpoint",))[0] += 1
-            values = (method, FOLDED, status, FOLDED)
-        return table.find(values)
+        kept, last = [*values], len(self._folds) - 1
+        for number, position in enumerate(self._folds, 1):
+            kept[position] = FOLDED
+            self._overflow.new_numbers((self._names[position],))[0] += 1
+            # Some room beyond the bound keeps what is folded later apart for a while longer.
+            has_room = not table.is_full(spare=number * table.bound // (10 * last))
+            if has_room or tuple(kept) in table.series:
+                break
+        return table.find(tuple(kept))
+
+
+def own_values(variables: Mapping[str, Any], names: Iterable[str]) -> LabelValues:
+    """Return the values of an app's own labels.
+
+    Args:
+        variables: ``g.track_var`` of a record.
+        names: Keys of it.
+
+    Returns:
+        For each its text (see `variable_text`), at most 128 characters, control characters as
+        U+FFFD; ``""`` if it has none.
+    """
+    return tuple([_label(variable_text(variables.get(name)) or "") for name in names])
+
+
+def _label(text: str) -> str:
+    if len(text) <= _MOST_CHARACTERS and text.isprintable():
+        return text
+    return printable(text[:_MOST_CHARACTERS])

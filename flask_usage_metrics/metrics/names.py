@@ -21,6 +21,10 @@ LABELS = (
     "version",
 )
 
+RESERVED = ("le", "quantile", "job", "instance")
+"""Labels that Prometheus writes itself: of the samples of a histogram or summary, and of a target.
+"""
+
 OTHER_STATUS = "_OTHER"
 UNMATCHED = "__unmatched__"
 UNKNOWN_COUNTRY = "ZZ"

@@ -7,7 +7,10 @@ takes: `encodable`. Neither may keep a NUL, which PostgreSQL refuses: `without_n
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def from_wsgi(text: str) -> str:
@@ -26,6 +29,14 @@ def from_wsgi(text: str) -> str:
 def encodable(text: str) -> str:
     r"""Return a text whose lone surrogates are spelled out, as ``\udc80``; all else stays."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def printable(text: str) -> str:
+    """Return a text without NUL, and with U+FFFD for each other control character.
+
+    These would break a line of a log, or command the terminal that shows a record.
+    """
+    return CONTROLS.sub("\ufffd", text.replace("\0", ""))
 
 
 def without_nul(value: Any) -> Any:

@@ -44,6 +44,25 @@ def track(**config: Any) -> None:
         ("LABEL_NAMES", {"endpoint": "le"}, "must be a dict of new names"),
         ("LABEL_NAMES", {"endpoint": "__name__"}, "must be a dict of new names"),
         ("LABEL_NAMES", ["endpoint"], "must be a dict of new names"),
+        ("LABEL_NAMES", {"endpoint": 5}, "must be a dict of new names"),
+        ("LABEL_NAMES", {"endpoint": "job"}, "must be a dict of new names"),
+        ("LABEL_NAMES", {"endpoint": "status"}, "not {'endpoint': 'status'}, which gives two"),
+        ("HISTOGRAM_LABELS", {"status": 1}, "must be a list of some of the counter's labels"),
+        ("LABELS", {"plan": 1}, "must be a list of keys of g.track_var, not {'plan': 1}"),
+        ("LABELS", [5], "must be a list of keys of g.track_var, not [5]"),
+        *(
+            ("LABELS", ["tier", name], " is no name of ASCII letters, digits and _")
+            for name in ("user-plan", "", "1st", "größe", "__plan", "a b", "plan\n", 'a"b')
+        ),
+        *(
+            ("LABELS", ["tier", name], f"can be labels, but {name!r} is a label of ours already")
+            for name in ("status", "country", "exception", "sink", "version", "slo")
+        ),
+        *(
+            ("LABELS", [name], f"but {name!r} is a label that Prometheus writes itself")
+            for name in ("le", "quantile", "job", "instance")
+        ),
+        ("LABELS", ["plan", "tier", "plan"], "but 'plan' is there twice"),
         ("BUFFER_RECORDS", -1, "must be a positive int, not -1"),
         ("SPOOL_BYTES", 1000, "must be an int of at least 1048576, not 1000"),
         ("STATE_DIR", 5, "must be a path or None, not 5"),
@@ -133,6 +152,16 @@ def test_an_unknown_key_names_the_nearest(given: str, nearest: str) -> None:
     assert str(raised.value) == expected
 
 
+def test_labels_are_checked_together() -> None:
+    with pytest.raises(ConfigError, match="some of method, endpoint, status, country, plan, not"):
+        track(LABELS=["plan"], HISTOGRAM_LABELS=["plan", "tier"])
+    with pytest.raises(ConfigError, match="which gives two the name 'plan'"):
+        track(LABELS=["plan"], LABEL_NAMES={"endpoint": "plan"})
+    with pytest.raises(ConfigError, match=r"must be a dict of new names for some of .*, plan, not"):
+        track(LABELS=["plan"], LABEL_NAMES={"tier": "level"})
+    track(LABELS=["plan"], LABEL_NAMES={"endpoint": "route", "plan": "endpoint"})
+
+
 def test_other_keys_are_none_of_our_business() -> None:
     app = Flask("shop")
     app.config["TRACKUSAGE"] = app.config["SECRET_KEY"] = "x"
@@ -149,7 +178,8 @@ def test_texts_of_the_environment_are_parsed(monkeypatch: pytest.MonkeyPatch) ->
         "MAX_SERIES": "500",
         "HISTOGRAM_LABELS": "status,endpoint",
         "BUCKETS": "0.1,1,10",
-        "LABEL_NAMES": '{"endpoint": "route"}',
+        "LABEL_NAMES": '{"endpoint": "route", "plan": "tier"}',
+        "LABELS": "plan, beta",
         "FLUSH_SECONDS": "0.1",
         "DELIVERY": "inline",
         "COUNTRY": "none",
@@ -173,7 +203,8 @@ def test_texts_of_the_environment_are_parsed(monkeypatch: pytest.MonkeyPatch) ->
     assert settings.shape.max_series == 500
     assert settings.shape.histogram_labels == ("endpoint", "status")
     assert settings.shape.buckets == (0.1, 1.0, 10.0)
-    assert settings.shape.label_names == {"endpoint": "route"}
+    assert settings.shape.label_names == {"endpoint": "route", "plan": "tier"}
+    assert settings.shape.labels == ("plan", "beta")
     assert settings.flush_seconds == 0.1
     assert settings.inline
     assert settings.country is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,6 +116,7 @@ class Site:
         counted = samples(text, "flask_usage_requests_total")
         observed = samples(text, "flask_usage_request_duration_seconds_count")
         seconds = samples(text, "flask_usage_request_duration_seconds_sum")
+        own = self.app.config.get("TRACK_USAGE_LABELS", ())
         expected: dict[Labels, float] = {}
         for record in records:
             key = _sorted(
@@ -122,6 +124,7 @@ class Site:
                 endpoint=record.endpoint or "__unmatched__",
                 method=record.method if record.method in _METHODS else "_OTHER",
                 status=str(record.status) if 100 <= record.status <= 599 else "_OTHER",
+                **{name: as_label(record.track_var.get(name)) for name in own},
             )
             expected[key] = expected.get(key, 0) + 1
         assert counted == expected
@@ -171,6 +174,13 @@ def samples(text: str, name: str) -> dict[Labels, float]:
         for sample in family.samples
         if sample.name == name
     }
+
+
+def as_label(value: Any) -> str:
+    """Return a value of ``g.track_var`` as a label of the app's own has it."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value) if isinstance(value, int | float) else ""
 
 
 def _sorted(**labels: str) -> Labels:

@@ -93,8 +93,8 @@ def collector_of(registry: CollectorRegistry, shape: Shape, version: str) -> Usa
     if collector.totals.shape != shape:
         raise ConfigError(
             "apps on one registry must agree on TRACK_USAGE_MAX_SERIES, "
-            "TRACK_USAGE_HISTOGRAM_LABELS, TRACK_USAGE_BUCKETS, TRACK_USAGE_LABEL_NAMES "
-            "and TRACK_USAGE_SLO: "
+            "TRACK_USAGE_LABELS, TRACK_USAGE_HISTOGRAM_LABELS, TRACK_USAGE_BUCKETS, "
+            "TRACK_USAGE_LABEL_NAMES and TRACK_USAGE_SLO: "
             "give them the same values, or TrackUsage(registry=CollectorRegistry())"
         )
     return collector
