@@ -103,7 +103,7 @@ class Middleware:
             around.leave_to_another()
         self.observer.live.add(exchange)
         if not self._is_started:
-            self._get_ready(environ)
+            self.get_ready(environ)
         if self._notice is not None:
             self._notice()
         if not self._reads_context:
@@ -139,7 +139,10 @@ class Middleware:
         self._is_started = False
         self._notice = None
 
-    def _get_ready(self, environ: WSGIEnvironment) -> None:
+    def get_ready(self, environ: WSGIEnvironment) -> None:
+        """Start what works in this process, before its first request. Later calls do nothing."""
+        if self._is_started:
+            return
         observer = self.observer
         multiprocess = bool(environ.get("wsgi.multiprocess"))
         # Werkzeug's server with processes=3 forks for each request, and ends the child by

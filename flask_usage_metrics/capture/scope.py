@@ -128,7 +128,9 @@ class Scope:
         included: Marks of included requests.
         excluded: Marks of excluded requests; they win over `included`.
         never: Patterns that are excluded by configuration; they win over `included` too.
-        own: Endpoints of this package, never tracked.
+        own: The endpoint of this package, never tracked.
+        own_path: Its path, where a request that no route matched is not tracked either: a rule of
+            the app about hosts may refuse it before it is routed. None: it has none.
 
     Attributes:
         tracked: Endpoints decided to be tracked whatever the path, so that a caller may skip
@@ -143,14 +145,16 @@ class Scope:
         included: Marks,
         excluded: Marks,
         never: Sequence[str],
-        own: Sequence[str],
+        own: str,
+        own_path: str | None,
     ) -> None:
         self._app = app
         self._include_only = include_only
         self._included = included
         self._excluded = excluded
         self._never = Marks(never)
-        self._own = frozenset(own)
+        self._own = own
+        self._own_path = own_path
         self._decided: dict[str | None, bool] = {}
         self.tracked: set[str | None] = set()
         for marks in (included, excluded):
@@ -163,12 +167,14 @@ class Scope:
             endpoint: Flask's endpoint; None when no route matched.
             environ: Of the request; its path below the app's root is compared with marked paths.
         """
+        if endpoint is None and environ.get("PATH_INFO") == self._own_path:
+            return False
         tracked = self._decided.get(endpoint)
         if tracked is None:
             tracked = self._decide(endpoint, _path(environ))
             if not any(marks.by_path for marks in (self._included, self._excluded, self._never)):
                 self._decided[endpoint] = tracked
-                if tracked:
+                if tracked and not (endpoint is None and self._own_path is not None):
                     self.tracked.add(endpoint)
         return tracked
 
@@ -178,7 +184,7 @@ class Scope:
         self.tracked = set()
 
     def _decide(self, endpoint: str | None, path: str) -> bool:
-        if endpoint in self._own or any(
+        if endpoint == self._own or any(
             marks.match_endpoint(self._app, endpoint) or marks.match_path(path)
             for marks in (self._never, self._excluded)
         ):

@@ -16,6 +16,7 @@ from flask_usage_metrics.capture.context import ContextReader
 from flask_usage_metrics.capture.middleware import Middleware
 from flask_usage_metrics.capture.observer import LiveExchanges, Observer
 from flask_usage_metrics.capture.scope import Marks, Scope
+from flask_usage_metrics.capture.scrapes import Scrapes
 from flask_usage_metrics.capture.users import Users
 from flask_usage_metrics.enrich.country import make_country_lookup
 from flask_usage_metrics.enrich.enricher import Enricher
@@ -90,7 +91,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
     writers = make_writers(storage, settings, app)
     exposition = Exposition(given.registry, collector, settings.metrics_token, faults)
     if settings.metrics_path is not None:
-        _add_route(app, settings.metrics_path, lambda: exposition.answer(request))
+        _add_route(app, settings.metrics_path, exposition)
     key = collector.totals.join(
         app.name, [writer.identity for writer in writers], make_state_dir(app, settings)
     )
@@ -157,7 +158,8 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         included=given.included,
         excluded=given.excluded,
         never=settings.exclude,
-        own=(METRICS_ENDPOINT,),
+        own=METRICS_ENDPOINT,
+        own_path=settings.metrics_path,
     )
     observer = Observer(
         app,
@@ -176,7 +178,15 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
     )
     middleware = Middleware(app, observer, start=_start(pipeline))
     track_var.install(app)
-    app.wsgi_app = middleware.wsgi_app  # type: ignore[method-assign]
+    answer = middleware.wsgi_app
+    if settings.metrics_path is not None and settings.metrics_token is not None:
+        answer = Scrapes(
+            middleware,
+            path=settings.metrics_path,
+            may_read=exposition.may_read,
+            metrics_app=exposition.wsgi_app(),
+        ).wsgi_app
+    app.wsgi_app = answer  # type: ignore[method-assign]
     Bypass(app, middleware)
     tracking = Tracking(
         owner=owner,
@@ -192,14 +202,27 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
     collector.totals.watch(pipeline, pipeline.counters(), faults)
 
 
-def _add_route(app: Flask, path: str, view: Callable[[], Response]) -> None:
+def _add_route(app: Flask, path: str, exposition: Exposition) -> None:
     for rule in app.url_map.iter_rules():
         if rule.rule == path and "GET" in (rule.methods or ()):
             raise ConfigError(
                 f"the path {path} belongs to the endpoint {rule.endpoint!r}: "
                 "set TRACK_USAGE_METRICS_PATH to another path, or to None"
             )
-    app.add_url_rule(path, METRICS_ENDPOINT, view)
+
+    # A function of its own, with any arguments: extensions mark it, and rules of hosts have some.
+    def track_usage_metrics(**_host: str) -> Response:
+        return exposition.answer(request)
+
+    app.add_url_rule(path, METRICS_ENDPOINT, track_usage_metrics)
+    # On every host: Prometheus asks by an address.
+    any_host: dict[str, Any] = {}
+    if app.url_map.host_matching:
+        any_host = {"host": "<_host>"}
+    elif app.subdomain_matching:
+        any_host = {"subdomain": "<_host>"}
+    if any_host:
+        app.add_url_rule(path, METRICS_ENDPOINT, track_usage_metrics, **any_host)
 
 
 def _start(pipeline: Pipeline) -> Callable[[bool, bool], Callable[[], None] | None]:

@@ -60,7 +60,7 @@ class Exposition:
 
     def answer(self, request: Request) -> Response:
         """Return the response to a scrape; 503 while the totals cannot be had."""
-        if not self._may_read(request):
+        if not self.may_read(request.environ):
             return Response(status=401, headers={"WWW-Authenticate": "Bearer"})
         try:
             families = self._collector.totals.families()
@@ -132,10 +132,11 @@ class Exposition:
             encoded = generate(registry.restricted_registry(names) if names else registry)
         return encoded.removesuffix(_EOF)
 
-    def _may_read(self, request: Request) -> bool:
+    def may_read(self, environ: WSGIEnvironment) -> bool:
+        """Tell whether a request shows the token, if there is one."""
         if self._token is None:
             return True
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        scheme, _, given = str(environ.get("HTTP_AUTHORIZATION", "")).partition(" ")
         # In bytes, which WSGI hands over decoded as Latin-1: clients send UTF-8.
         same = hmac.compare_digest(
             given.strip().encode("latin-1", "replace"), self._token.encode("utf-8", "replace")
