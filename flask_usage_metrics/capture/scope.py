@@ -97,6 +97,16 @@ class Marks:
             return True
         return any(self._match_blueprint(app, name) for name in _blueprint_names(endpoint))
 
+    def names_static(self, app: Flask, endpoint: str, path: str) -> bool:
+        """Tell whether static files are marked as such, not by a blueprint or by ``"*"``."""
+        names = (pattern for pattern in self._endpoints if pattern.endswith("static"))
+        view = app.view_functions.get(endpoint)
+        return (
+            any(fnmatchcase(endpoint, name) for name in names)
+            or any(find() is view for find in self._views)
+            or self.match_path(path)
+        )
+
     def _match_blueprint(self, app: Flask, name: str) -> bool:
         registered = app.blueprints.get(name)
         return name in self._blueprint_names or (
@@ -128,6 +138,8 @@ class Scope:
         included: Marks of included requests.
         excluded: Marks of excluded requests; they win over `included`.
         never: Patterns that are excluded by configuration; they win over `included` too.
+        static: Whether static files are tracked as anything else is; if not, only where `included`
+            names them.
         own: The endpoint of this package, never tracked.
         own_path: Its path, where a request that no route matched is not tracked either: a rule of
             the app about hosts may refuse it before it is routed. None: it has none.
@@ -145,6 +157,7 @@ class Scope:
         included: Marks,
         excluded: Marks,
         never: Sequence[str],
+        static: bool,
         own: str,
         own_path: str | None,
     ) -> None:
@@ -153,6 +166,7 @@ class Scope:
         self._included = included
         self._excluded = excluded
         self._never = Marks(never)
+        self._static = static
         self._own = own
         self._own_path = own_path
         self._decided: dict[str | None, bool] = {}
@@ -187,6 +201,13 @@ class Scope:
         if endpoint == self._own or any(
             marks.match_endpoint(self._app, endpoint) or marks.match_path(path)
             for marks in (self._never, self._excluded)
+        ):
+            return False
+        if (
+            endpoint is not None
+            and not self._static
+            and (endpoint == "static" or endpoint.endswith(".static"))
+            and not self._included.names_static(self._app, endpoint, path)
         ):
             return False
         if not self._include_only:

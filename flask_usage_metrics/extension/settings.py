@@ -39,7 +39,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         storage: A URL, a storage, a callable, or a list of these; None: the default file.
         metrics_path: Path of the Prometheus exposition; None: no route.
         metrics_token: Bearer token a scrape must show; None: everybody may read.
-        exclude: Endpoint globs, or path globs when they start with ``/``.
+        exclude: Endpoint globs, or path globs when they start with ``/``, besides static files;
+            None: not even these.
         country: See `enrich.country`.
         trusted_proxies: Who may say whom they speak for.
         clients: What the owner calls clients.
@@ -66,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     storage: Any
     metrics_path: str | None
     metrics_token: str | None
-    exclude: tuple[str, ...]
+    exclude: tuple[str, ...] | None
     country: Any
     trusted_proxies: TrustedProxies
     clients: OwnKinds
@@ -236,6 +237,11 @@ def _texts(given: Any) -> tuple[str, ...]:
     return items
 
 
+def _exclude(given: Any) -> tuple[str, ...] | None:
+    # From the environment "" is an empty list.
+    return None if given != "" and _is_none(given) else _texts(given)
+
+
 def _name_parts(given: Any) -> tuple[str, ...]:
     parts = _texts(given)
     SecretFinder(parts)  # it refuses what would be part of every name
@@ -330,7 +336,7 @@ KEYS: dict[str, Key] = {
         None, "a text that is not empty or None", _token, is_secret=True
     ),
     "TRACK_USAGE_EXCLUDE": Key(
-        ("static", "*.static"), "a list of endpoint globs and of paths that start with /", _texts
+        (), "a list of endpoint globs and of paths that start with /, or None", _exclude
     ),
     "TRACK_USAGE_COUNTRY": Key(
         "auto",

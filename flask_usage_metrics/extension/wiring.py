@@ -157,7 +157,8 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         include_only=settings.include_only,
         included=given.included,
         excluded=given.excluded,
-        never=settings.exclude,
+        never=settings.exclude or (),
+        static=settings.exclude is None,
         own=METRICS_ENDPOINT,
         own_path=settings.metrics_path,
     )
@@ -203,6 +204,12 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
 
 
 def _add_route(app: Flask, path: str, exposition: Exposition) -> None:
+    if getattr(app, "_got_first_request", False):  # Flask adds no routes any more
+        raise ConfigError(
+            f"the app {app.name!r} has answered a request already: call TrackUsage(app) or "
+            f"init_app(app) where the app is made, or do without {path}, by "
+            "TRACK_USAGE_METRICS_PATH = None"
+        )
     for rule in app.url_map.iter_rules():
         if rule.rule == path and "GET" in (rule.methods or ()):
             raise ConfigError(

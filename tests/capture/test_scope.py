@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from flask import Blueprint, Flask
@@ -111,10 +112,49 @@ def test_by_configuration(make_site: Callable[..., Site]) -> None:
         site.app.add_url_rule(f"/{name}", name, lambda: "x")
     for path in ("/health", "/index", "/admin/x", "/static/x"):
         site.get(path)
-    assert [(r.endpoint, r.path) for r in site.records()] == [
-        ("index", "/index"),
-        ("static", "/static/x"),
-    ]
+    assert [(r.endpoint, r.path) for r in site.records()] == [("index", "/index")]
+
+
+@pytest.mark.parametrize("mode", ["exclude", "include"])
+@pytest.mark.parametrize(
+    ("exclude", "include", "expected"),
+    [
+        ((), None, []),
+        (("other",), None, []),
+        (("other",), "*", []),
+        (None, "*", ["api.static", "static"]),
+        ("none", "*", ["api.static", "static"]),
+        ("", "*", []),
+        (("other",), "static", ["static"]),
+        (("other",), "*static", ["api.static", "static"]),
+        ((), "*.static", ["api.static"]),
+        ((), "/static/*", ["static"]),
+        (("static",), "static", []),
+    ],
+)
+def test_static_files_are_left_out_unless_they_are_asked_for(
+    make_site: Callable[..., Site], mode: str, exclude: Any, include: Any, expected: list[str]
+) -> None:
+    site = make_site(EXCLUDE=exclude, INCLUDE_OR_EXCLUDE_VIEWS=mode)
+    api = Blueprint("api", "api", url_prefix="/api", static_folder="files")
+    api.add_url_rule("/list", "list", lambda: "x")
+    site.app.register_blueprint(api)
+    site.usage.include_blueprint(api)  # with its views, and not with its files
+    if include is not None:
+        site.usage.include(include)
+    for path in ("/static/x", "/api/files/x", "/api/list"):
+        site.get(path)
+    assert sorted(endpoints(site)) == sorted(["api.list", *expected])
+
+
+@pytest.mark.parametrize("mode", ["exclude", "include"])
+def test_the_view_of_static_files_may_be_included(
+    make_site: Callable[..., Site], mode: str
+) -> None:
+    site = make_site(INCLUDE_OR_EXCLUDE_VIEWS=mode)
+    site.usage.include(site.app.view_functions["static"])
+    site.get("/static/x")
+    assert endpoints(site) == ["static"]
 
 
 def test_what_no_route_matched(site: Site) -> None:

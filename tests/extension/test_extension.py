@@ -401,3 +401,15 @@ def test_ua_parser_is_loaded_behind_the_visitor_s_back(tmp_path: Path) -> None:
         print(Watch.loaders)
     """
     assert run_python(program) == (0, "['flask_usage_metrics pipeline']\n", "")
+
+
+def test_an_app_that_has_answered_already_is_told_so(make_site: Callable[..., Site]) -> None:
+    app = Flask("shop")
+    app.add_url_rule("/", "index", lambda: "x")
+    assert app.test_client().get("/").text == "x"
+    with pytest.raises(ConfigError, match="'shop' has answered a request already: call"):
+        TrackUsage(app)
+    assert app.test_client().get("/").text == "x"
+    site = make_site(app=app, METRICS_PATH=None)
+    site.get()
+    assert [record.endpoint for record in site.records()] == ["index"]
