@@ -27,7 +27,7 @@ from flask_usage_metrics.storage import Storage
 
 # All that is opt-in is on. A consumer that cannot be named is a fault of ours to be counted.
 SHOP = """
-from flask import request
+from flask import g, request
 from flask_usage_metrics.demo import create_app
 
 def consumer():
@@ -37,10 +37,15 @@ def consumer():
         return request.authorization.username if request.authorization else "nobody"
 
 app = create_app("sqlite:///usage.sqlite3", consumer=consumer)
+
+@app.before_request
+def note_plan():
+    g.track_var["plan"] = ["free", "gold"][len(request.path) % 2]
 """
 OPTIONS = {
     "FLASK_TRACK_USAGE_STATE_DIR": "state",
     "FLASK_TRACK_USAGE_VISITORS": "daily",
+    "FLASK_TRACK_USAGE_LABELS": "plan",
     "FLASK_TRACK_USAGE_TRACES": "true",
     "OTEL_TRACES_EXPORTER": "none",
 }

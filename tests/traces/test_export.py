@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from flask import g, request
 from helpers.collector import Receiver
 from helpers.spans import PARENT, SDK, Make, account, assert_agrees, is_up, sampled, start, visit
 from opentelemetry import context as otel_context
@@ -68,6 +70,28 @@ def test_true_alone_sends_to_the_collector_of_the_environment(
     assert (child.trace_id, child.parent_id) == (PARENT[3:35], item.span_id)
     assert child.resource == item.resource
     assert_agrees(site, collector)
+
+
+def test_labels_of_the_apps_own_leave_a_span_for_each_request(
+    make_shop: Make, collector: Receiver
+) -> None:
+    site = make_shop(LABELS=["plan"])
+
+    @site.app.before_request
+    def note() -> None:
+        g.track_var["plan"] = request.args.get("plan")
+
+    for number in range(12):
+        site.get(f"/?plan={number // 3}" if number % 3 else "/fails")
+    assert site.usage.flush()
+    text = site.scrape(Accept="application/openmetrics-text; version=1.0.0")
+    assert len(collector.servers()) == 12
+    assert_agrees(site, collector)
+    # An exemplar is of a request with the labels of its series.
+    plans = {record.trace_id: record.track_var["plan"] or "" for record in site.records()}
+    found = re.findall(r'_bucket{.*plan="(.*?)".* # {trace_id="(\w+)"', text)
+    assert len(found) >= 5
+    assert all(plan == plans[trace_id] for plan, trace_id in found)
 
 
 @pytest.mark.parametrize(
