@@ -26,6 +26,7 @@ from flask_usage_metrics.pipeline.delivery.sink import Accepts, Sink
 from flask_usage_metrics.pipeline.processing import METRICS_SINK
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.key_files import find_key, make_key
+from flask_usage_metrics.runtime.passing import is_passing
 from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.state_dir import StateDir, default_place
 from flask_usage_metrics.storage import Storage, Writer, as_writer
@@ -39,6 +40,20 @@ if TYPE_CHECKING:
 PSEUDONYMS = "pseudonyms.key"
 
 logger = logging.getLogger("flask_usage_metrics")
+
+
+def load_tables(faults: Faults) -> None:
+    """Read what tells clients apart, before a request needs it; the first app of a process does.
+
+    Raises:
+        Exception: The package is not whole.
+    """
+    try:
+        clients.load()
+    except Exception as error:
+        if not is_passing(error):
+            raise
+        faults.report("enrichment", error, "it is tried again with the first requests")
 
 
 def make_writers(given: Any, settings: Settings, app: Flask) -> list[Writer]:

@@ -24,6 +24,7 @@ from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.extension.parts import (
     configure_storages,
+    load_tables,
     make_pseudonyms,
     make_sinks,
     make_state_dir,
@@ -78,6 +79,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
     settings = read(app.config)
     OWNERS.add(app)
     faults = Faults()
+    load_tables(faults)
     version = package_version()
     collector = collector_of(given.registry, settings.shape, version)
     country_lookup = make_country_lookup(

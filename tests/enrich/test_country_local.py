@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from mmdb_writer import MMDBWriter
 from netaddr import IPSet
 
-from flask_usage_metrics.enrich.country import Answer, CountryLookup, Limits, make_country_lookup
+from flask_usage_metrics.enrich.country import (
+    Answer,
+    CountryLookup,
+    Limits,
+    make_country_lookup,
+    mmdb,
+)
 from flask_usage_metrics.enrich.country.answer import ISO_CODES
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.runtime.faults import Faults
@@ -483,6 +489,7 @@ def test_the_slow_decoder_is_warned_of_once(tmp_path, monkeypatch, caplog):
     import maxminddb
 
     opened = maxminddb.open_database
+    mmdb._warn_of_decoder.cache_clear()
     monkeypatch.setattr(maxminddb, "open_database", lambda name: opened(name, maxminddb.MODE_MMAP))
     watched = Watched(write_mmdb(tmp_path / "country.mmdb"))
     write_mmdb(tmp_path / "new.mmdb", iso("FR")).replace(watched.path)

@@ -28,6 +28,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         pause_seconds: ... and for how long.
         stuck_seconds: A thread that hangs in one question for so long is left behind for another.
         stuck_threads: ... of which there are never more than this.
+        retry_seconds: How often a source is tried that the machine had no room for.
         stat_seconds: How often a database file is looked at for a change.
         clock: Monotonic seconds.
     """
@@ -48,5 +49,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     pause_seconds: float = 60.0
     stuck_seconds: float = 60.0
     stuck_threads: int = 3
+    retry_seconds: float = 0.5
     stat_seconds: float = 60.0
     clock: Callable[[], float] = monotonic

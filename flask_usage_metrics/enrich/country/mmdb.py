@@ -7,10 +7,11 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import IO
+from weakref import WeakValueDictionary
 
 import maxminddb
 
@@ -18,6 +19,7 @@ from flask_usage_metrics.enrich.country.answer import UNKNOWN, Answer, as_answer
 from flask_usage_metrics.enrich.country.limits import Limits
 from flask_usage_metrics.runtime.caches import TwoGenerationCache
 from flask_usage_metrics.runtime.faults import Faults, reason_of
+from flask_usage_metrics.runtime.passing import is_passing
 
 logger = logging.getLogger("flask_usage_metrics")
 
@@ -34,12 +36,17 @@ class CountryFile:
     """Looks addresses up in a private copy of a file, made again when the file changed.
 
     A file that is overwritten or cut in place under a memory map kills the process by SIGBUS; a
-    copy that nobody else knows cannot be. It costs the file's size once a process.
+    copy that nobody else knows cannot be. It costs the file's size once a process, whatever the
+    number of apps.
 
     Args:
         path: The file. One that is missing or broken is reported and tried again later.
         limits: How often to look for a change.
         faults: Where a file that cannot be used is reported.
+
+    Raises:
+        OSError: There are too few open files, say: it may be read the next time.
+        MemoryError: Likewise.
     """
 
     is_static = False
@@ -49,9 +56,8 @@ class CountryFile:
         self._limits = limits
         self._faults = faults
         self._signature: _Signature | None = None
-        self._answers: TwoGenerationCache[str, Answer] | None = None
-        self._warned = False
-        self._look_after(limits.clock())
+        self._answers: _Answers | None = None
+        self._look_after(limits.clock(), is_first=True)
 
     def locate(self, address: str | None, headers: tuple[str, ...], trusted: bool) -> Answer:
         """Answer from the file, private addresses too: it is the owner's and may know them."""
@@ -62,32 +68,60 @@ class CountryFile:
             return UNKNOWN
         return self._answers[address]
 
-    def _look_after(self, now: float) -> None:
+    def _look_after(self, now: float, *, is_first: bool = False) -> None:
         self._look_at = now + self._limits.stat_seconds
         try:
             if _signature(self._path.stat()) == self._signature:
                 return
-            reader, signature = _open_copy(self._path)
-            other = _other_type(reader)
-        except (OSError, ValueError, maxminddb.InvalidDatabaseError) as error:
-            kept = "the one read before is used" if self._answers else "countries are unknown"
+            answers, self._signature = _read(self._path)
+        except (OSError, ValueError, MemoryError, maxminddb.InvalidDatabaseError) as error:
+            if is_first and is_passing(error):
+                raise
+            kept = "countries are unknown"
+            if self._answers is not None:
+                kept = "the one read before is used"
             reason = reason_of(error)
             self._faults.report("country", f"the MMDB file cannot be read ({reason})", kept)
             return
-        self._signature = signature
-        # The old reader is not closed: whoever has it may be in the middle of a lookup. A cache, as
-        # MaxMind's own files name the country in eight languages, which is slow to read.
-        self._answers = TwoGenerationCache(
-            partial(_look_up, reader), len, most=_CACHED, longest=_MAX_CACHED_ADDRESS
-        )
-        if other:
-            kind = f"the MMDB file is one of {other!r}, which names no countries"
+        # The old reader is not closed: whoever has it may be in the middle of a lookup.
+        self._answers = answers
+        if answers.other_type:
+            kind = f"the MMDB file is one of {answers.other_type!r}, which names no countries"
             self._faults.report("country", kind, "countries are unknown")
-        if type(reader).__module__ != "maxminddb.extension" and not self._warned:
-            self._warned = True
-            logger.warning(
-                "maxminddb has no C extension here: a country lookup takes about 80 µs, not 5"
-            )
+
+
+class _Answers(TwoGenerationCache[str, Answer]):
+    """What a reader answers. MaxMind's own files name a country in eight languages: slow to read.
+
+    Attributes:
+        other_type: Type of a file that names no countries, such as one of networks; else ``""``.
+    """
+
+    def __init__(self, reader: maxminddb.Reader) -> None:
+        super().__init__(partial(_look_up, reader), len, most=_CACHED, longest=_MAX_CACHED_ADDRESS)
+        self.other_type = ""
+        if not any(_country(record).country for _, record in islice(reader, _SAMPLE)):
+            self.other_type = reader.metadata().database_type[:64] or "unknown type"
+
+
+_ANSWERS: WeakValueDictionary[tuple[Path, _Signature], _Answers] = WeakValueDictionary()
+"""Of each file that an app of this process uses: they share the copy."""
+
+
+def _read(path: Path) -> tuple[_Answers, _Signature]:
+    signature = _signature(path.stat())
+    answers = _ANSWERS.get((path, signature))
+    if answers is None:
+        reader, signature = _open_copy(path)
+        answers = _ANSWERS[path, signature] = _Answers(reader)
+        if type(reader).__module__ != "maxminddb.extension":
+            _warn_of_decoder()
+    return answers, signature
+
+
+@cache
+def _warn_of_decoder() -> None:
+    logger.warning("maxminddb has no C extension here: a country lookup takes about 80 µs, not 5")
 
 
 def _look_up(reader: maxminddb.Reader, address: str) -> Answer:
@@ -96,13 +130,6 @@ def _look_up(reader: maxminddb.Reader, address: str) -> Answer:
     except ValueError:  # an IPv6 address, and a file that has IPv4 only
         return UNKNOWN
     return _country(record)
-
-
-def _other_type(reader: maxminddb.Reader) -> str:
-    """Return the type of a file that names no countries, such as one of networks; else ``""``."""
-    if any(_country(record).country for _, record in islice(reader, _SAMPLE)):
-        return ""
-    return reader.metadata().database_type[:64] or "unknown type"
 
 
 def _signature(stat: os.stat_result) -> _Signature:

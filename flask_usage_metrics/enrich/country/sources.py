@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from inspect import iscoroutinefunction
 from pathlib import Path
 from threading import Condition
@@ -14,10 +15,12 @@ from flask_usage_metrics.enrich.country.answer import CountrySource
 from flask_usage_metrics.enrich.country.background import BackgroundLookup, BlockingSource
 from flask_usage_metrics.enrich.country.function import Function
 from flask_usage_metrics.enrich.country.header import Header, wsgi_name
+from flask_usage_metrics.enrich.country.later import Later
 from flask_usage_metrics.enrich.country.limits import Limits
 from flask_usage_metrics.enrich.country.lookup import CountryLookup
 from flask_usage_metrics.errors import ConfigError
 from flask_usage_metrics.runtime.faults import Faults
+from flask_usage_metrics.runtime.passing import is_passing
 from flask_usage_metrics.runtime.shown_values import shown
 
 logger = logging.getLogger("flask_usage_metrics")
@@ -104,7 +107,13 @@ def _source(given: object, shared: Shared) -> CountrySource | None:
     maker = MAKERS.get(kind.lower() if kind.lower() in ("http:", "https:") else kind)
     if maker is None:
         raise _not_understood(given)
-    return maker(given, rest, shared)
+    try:
+        return maker(given, rest, shared)
+    except Exception as error:
+        if kind not in READ or not is_passing(error):
+            raise
+        shared.faults.report("country", error, "it is tried again with the first requests")
+        return Later(partial(maker, given, rest, shared), shared.limits, shared.faults)
 
 
 def _auto(given: str, rest: str, shared: Shared) -> CountrySource | None:
@@ -122,6 +131,8 @@ def _iptocc(_given: str, _rest: str, _shared: Shared) -> CountrySource:
     try:
         from flask_usage_metrics.enrich.country.offline import Offline
     except ImportError as error:
+        if is_passing(error):
+            raise
         raise _not_installed("iptocc") from error
     return Offline()
 
@@ -132,6 +143,8 @@ def _mmdb(given: str, path: str, shared: Shared) -> CountrySource:
     try:
         from flask_usage_metrics.enrich.country.mmdb import CountryFile
     except ImportError as error:
+        if is_passing(error):
+            raise
         raise _not_installed("maxminddb") from error
     return CountryFile(Path(path), shared.limits, shared.faults)
 
@@ -193,6 +206,9 @@ MAKERS: dict[str, Maker] = {
 }
 """The sources there are, by the word or the scheme that names them. Another one is a module with a
 `CountrySource`, or a `BlockingSource` if it may block, and an entry here."""
+
+READ = ("auto", "iptocc", "mmdb:")
+"""Those that read files when they are made; they may be made later."""
 
 
 def _is_url(url: str) -> bool:
