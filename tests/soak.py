@@ -40,6 +40,7 @@ COMMAND = (
     *(sys.executable, "-m", "gunicorn", "shop:app", "-b", "127.0.0.1:{port}"),
     *("-w", "4", "--threads", "2", "--max-requests", "3000", "--max-requests-jitter", "1000"),
 )
+SHARED = "flask_usage_totals_shared"
 DAMAGES = ("removed", "emptied", "garbage", "half", "replaced")
 
 
@@ -101,7 +102,7 @@ class Soak:
             with suppress(OSError):
                 break_it(path, how := self._rng.choice(DAMAGES))
                 self.told.append(f"{path.name} {how}")
-        until(self._goes_on, True, 30)
+        until(self._stands, "", 60)
 
     def lock(self) -> None:
         seconds = self._rng.uniform(0.1, 4)
@@ -124,11 +125,19 @@ class Soak:
             time.sleep(self._rng.uniform(0.5, 4))
         until(self._is_journaled, True, 30)
 
-    def _goes_on(self) -> bool:
-        """Return whether everybody shows more than was shown when this was called."""
+    def _stands(self) -> str:
+        """Return what anybody shows who shows no more than was shown when this was called."""
         before = self.server.most
         time.sleep(0.6)
-        return all(total(self.server.scrape() or "") > before for _ in range(8))
+        texts = [self.server.scrape() for _ in range(8)]
+        behind = [text for text in texts if text is None or total(text) <= before]
+        return "; ".join(
+            "no answer"
+            if text is None
+            else f"{total(text):g} after {before:g}, shared {total(text, SHARED):g},"
+            f" of {total(text, 'flask_usage_workers'):g} workers"
+            for text in behind
+        )
 
     def _is_journaled(self) -> bool:
         texts = [self.server.scrape() or "" for _ in range(8)]

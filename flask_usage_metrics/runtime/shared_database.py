@@ -28,6 +28,8 @@ class SharedDatabase:
     - The file is made for this user only.
     - A file that was deleted, replaced or emptied since the last transaction is made or opened
       anew. A damaged one is deleted; the next transaction makes a new one.
+    - One with a write-ahead log is checked whenever something but the log was written to: by a
+      checkpoint, seldom, or by who damaged it. Who has it open might not see that for hours.
     - Forks wait until a transaction is over (see `ForkGate`).
     - A forked child neither uses nor closes a connection that its parent has opened
       (https://www.sqlite.org/howtocorrupt.html, 2.6); it opens one of its own.
@@ -55,6 +57,7 @@ class SharedDatabase:
         self._connection: sqlite3.Connection | None = None
         self._finalizer: finalize[..., Any] | None = None
         self._file: os.stat_result | None = None
+        self._checked: tuple[int, int] | None = None
         self._process = 0
         self._has_schema = False
 
@@ -162,7 +165,7 @@ class SharedDatabase:
         if not found.st_size:  # emptied: we could go on with its log, but nobody else could open it
             self._discard()
             return False
-        return True
+        return not self._stays_open or _content(found) == self._checked
 
     def _open(self) -> None:
         if self._path is None:
@@ -197,6 +200,10 @@ class SharedDatabase:
         self.openings += 1
         if self._stays_open:
             _retry_locked(connection, "PRAGMA journal_mode=WAL")
+            if self._path is not None:
+                self._checked = _content(self._path.lstat())
+                if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                    raise sqlite3.DatabaseError("the file is damaged")
         # The content need not survive a crash of the machine.
         connection.execute("PRAGMA synchronous=OFF")
 
@@ -219,6 +226,11 @@ class SharedDatabase:
         for suffix in ("", "-wal", "-shm", "-journal"):
             with suppress(OSError):
                 self._path.with_name(f"{self._path.name}{suffix}").unlink()
+
+
+def _content(found: os.stat_result) -> tuple[int, int]:
+    """Return what changes with the content of a file: its size, and when it was written to."""
+    return found.st_size, found.st_mtime_ns
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 from helpers.records import make_record
 
 from flask_usage_metrics.runtime import gil
-from flask_usage_metrics.storage.sql.table import to_columns
+from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, to_columns
 
 
 @pytest.fixture
@@ -61,6 +61,9 @@ def test_rows_are_the_same_however_many_there_are(pauses: list[float]) -> None:
     ]
     alone = [to_columns([record]) for record in batch]
     assert not pauses
-    expected = [[value for columns in alone for value in columns[place]] for place in range(41)]
+    expected = [
+        [value for columns in alone for value in columns[place]]
+        for place in range(len(COLUMN_NAMES))
+    ]
     assert [[*column] for column in to_columns(batch)] == expected
     assert pauses

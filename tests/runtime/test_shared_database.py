@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from helpers.damage import break_it
 from helpers.process import run_python
 
 from flask_usage_metrics.runtime.private_files import StateUnavailable
@@ -94,6 +95,23 @@ def test_a_file_that_another_process_made_anew_is_gone_over_to(path: Path) -> No
     assert add(newcomer, "d") == ["b", "c", "d"]
     database.close()
     newcomer.close()
+
+
+@pytest.mark.parametrize("how", ["half", "garbage"])
+def test_damage_is_noticed_by_who_has_all_of_it_in_memory(path: Path, how: str) -> None:
+    database = SharedDatabase(path, SCHEMA, stays_open=True)
+    with database.transaction() as connection:
+        connection.executemany("INSERT INTO word VALUES (?)", [(f"{n:0100}",) for n in range(999)])
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert len(add(database, "a")) == 1000
+    break_it(path, how)
+    with suppress(sqlite3.DatabaseError):
+        add(database, "b")
+    assert "c" in add(database, "c")
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("PRAGMA quick_check").fetchall() == [("ok",)]
+    database.close()
 
 
 @pytest.mark.parametrize("stays_open", [True, False])

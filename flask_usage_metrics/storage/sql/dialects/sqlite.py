@@ -20,9 +20,9 @@ from flask_usage_metrics.runtime.fork_gate import FORK_GATE
 from flask_usage_metrics.runtime.private_files import make_own_file
 from flask_usage_metrics.runtime.shown_values import shown
 from flask_usage_metrics.storage.sql.dialects.base import BUSY_SECONDS, Dialect, Fault, Presence
-from flask_usage_metrics.storage.sql.dialects.columns_in_use import ParameterLayout
 from flask_usage_metrics.storage.sql.dialects.sqlite_file import DatabaseFile
-from flask_usage_metrics.storage.sql.table import COLUMN_NAMES, Columns, to_json, to_text
+from flask_usage_metrics.storage.sql.dialects.sqlite_insert import CACHED_STATEMENTS, BatchInsert
+from flask_usage_metrics.storage.sql.table import Columns, to_json, to_text
 
 WAL_BYTES = 64 * 1024 * 1024
 """Most bytes of the write-ahead log after a checkpoint; without a limit the file never shrinks."""
@@ -36,25 +36,12 @@ _CHECKPOINT_MS = 1_000
 # A time is stored as text, "2026-11-22 09:00:00.000001": its first characters name the period.
 _PERIOD_CHARACTERS = {"hour": 13, "day": 10, "month": 7}
 
-_MOST_ROWS = 512 if sqlite3.sqlite_version_info >= (3, 32) else 16
-"""Most rows of one INSERT, and a power of two: ten prepared statements do for batches of all sizes.
-
-512 rows have up to 20 992 parameters; SQLite takes 32 766 since 3.32 (2020), and 999 before.
-"""
-
-_CACHED_STATEMENTS = 16
-"""Prepared statements kept by a connection: these ten, and some to read by; sqlite3 keeps 128."""
-
 
 class SQLite(Dialect):
     """SQLite. Times are texts; types of columns hardly matter.
 
     A file of ours has a write-ahead log, so that readers and one writer do not wait for each other;
     a crash of the machine may lose the last transactions, but damages nothing.
-
-    A batch is INSERT statements of up to 512 rows each, whose shared values are parameters once:
-    the quickest form there is, and one that keeps the GIL, which executemany gives away once a row
-    (see tests/benchmarks/README.md).
 
     Deleted rows are overwritten with zeros. SQLite may leave the copy of a few rows it moved in an
     unused part of a page, and of more where others wrote without ``PRAGMA secure_delete``: only
@@ -88,8 +75,7 @@ class SQLite(Dialect):
         self._file = None if file is None else DatabaseFile(file)
         self._is_suspect = False
         self._timeout = timeout
-        self._layout = ParameterLayout()
-        self._inserts: dict[int, str] = {}
+        self._insert = BatchInsert()
         self._writes = 0
         self.reset_after_fork()
 
@@ -122,7 +108,7 @@ class SQLite(Dialect):
                 "timeout": timeout,
                 "check_same_thread": False,
                 # An INSERT of 512 rows takes 1 or 2 MB, and is useless once the layout changed.
-                "cached_statements": _CACHED_STATEMENTS,
+                "cached_statements": CACHED_STATEMENTS,
             },
             hide_parameters=True,
         )
@@ -283,41 +269,8 @@ class SQLite(Dialect):
     # -- writing and deleting -------------------------------------------------------------------
 
     def insert(self, connection: sa.Connection, table: sa.Table, columns: Columns) -> None:
-        """Insert rows by few statements, which name the columns that ever had a value.
-
-        Hot path: see tests/benchmarks/README.md.
-        """
-        if self._layout.learn(columns):
-            self._inserts.clear()
-        shared, own = self._layout.shared, self._layout.own
-        once = [columns[position][0] for position in shared]
-        # The transaction must begin with a write: one that reads first and then wants to
-        # write is refused at once, whatever the timeout, when another writer was quicker.
-        count = len(columns[0])
-        start, size = 0, _MOST_ROWS
-        while start < count:
-            while size > count - start:
-                size //= 2
-            values: list[Any] = [None] * (size * len(own))
-            for offset, position in enumerate(own):
-                values[offset :: len(own)] = columns[position][start : start + size]
-            if size not in self._inserts:
-                self._inserts[size] = self._insert(size, table)
-            connection.exec_driver_sql(self._inserts[size], (*once, *values))
-            start += size
-
-    def _insert(self, rows: int, table: sa.Table) -> str:
-        shared, own = self._layout.shared, self._layout.own
-        quoted = self.engine.dialect.identifier_preparer.format_table(table)
-        names = ", ".join(COLUMN_NAMES[position] for position in (*shared, *own))
-        selected = ["?"] * len(shared) + [f"column{number + 1}" for number in range(len(own))]
-        row = f"({', '.join('?' * len(own))})"
-        # "WHERE true", or ON CONFLICT would be taken for a join's. No "OR IGNORE", which would
-        # also ignore values that the table refuses.
-        return (
-            f"INSERT INTO {quoted} ({names}) SELECT {', '.join(selected)} "
-            f"FROM (VALUES {', '.join([row] * rows)}) WHERE true ON CONFLICT DO NOTHING"
-        )
+        """Insert rows by few statements."""
+        self._insert.execute(connection, table, columns)
 
     def delete(
         self,
