@@ -71,7 +71,8 @@ class Targets(TwoGenerationCache[TargetKey, Target]):
         campaign = campaign_of(self._policy.campaign_query(query) if query else "")
         path, query, view_args = self._policy.target(wsgi_path(path, 2048), query, rule, view_args)
         fields = (
-            wsgi_text(method, 32),
+            # As Flask answers it: to "get" as to GET.
+            wsgi_text(method, 32).upper()[:32],
             wsgi_text(scheme, 8),
             self._policy.host(wsgi_text(host, 255)),
             self._policy.root_path(wsgi_path(root_path, 1024).rstrip("/")),

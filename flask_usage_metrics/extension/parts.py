@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,7 +75,10 @@ def make_writers(given: Any, settings: Settings, app: Flask) -> list[Writer]:
 
 
 def configure_storages(
-    writers: Sequence[Writer], settings: Settings, pseudonyms: Pseudonyms
+    writers: Sequence[Writer],
+    settings: Settings,
+    pseudonyms: Pseudonyms,
+    methods: Callable[[], Set[str]],
 ) -> None:
     """Configure the storages that can be read by the settings of this app."""
     for writer in writers:
@@ -84,6 +87,7 @@ def configure_storages(
             writer.bounds = settings.shape.buckets
             writer.is_of_app = True
             writer.pseudonyms = pseudonyms.all
+            writer.known_methods = methods
 
 
 def make_sinks(

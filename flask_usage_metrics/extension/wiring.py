@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 from flask import Flask, Response, request
@@ -22,6 +22,7 @@ from flask_usage_metrics.enrich.country import make_country_lookup
 from flask_usage_metrics.enrich.enricher import Enricher
 from flask_usage_metrics.enrich.privacy.policy import Policy
 from flask_usage_metrics.errors import ConfigError
+from flask_usage_metrics.extension.methods import methods_of
 from flask_usage_metrics.extension.parts import (
     configure_storages,
     load_tables,
@@ -37,6 +38,7 @@ from flask_usage_metrics.extension.settings import read
 from flask_usage_metrics.extension.tracking import Tracking, keep, package_version
 from flask_usage_metrics.metrics.exposition.collector import collector_of
 from flask_usage_metrics.metrics.exposition.view import Exposition
+from flask_usage_metrics.metrics.totals import Totals
 from flask_usage_metrics.pipeline.journal import Journal
 from flask_usage_metrics.pipeline.pipeline import Pipeline
 from flask_usage_metrics.pipeline.processing import Processor
@@ -98,7 +100,8 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         app.name, [writer.identity for writer in writers], make_state_dir(app, settings)
     )
     pseudonyms = make_pseudonyms(app, collector.totals, faults)
-    configure_storages(writers, settings, pseudonyms)
+    methods = methods_of(app)
+    configure_storages(writers, settings, pseudonyms, methods)
     policy = Policy(
         settings.privacy,
         settings.redact,
@@ -179,7 +182,7 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         faults=faults,
         live=live,
     )
-    middleware = Middleware(app, observer, start=_start(pipeline))
+    middleware = Middleware(app, observer, start=_start(pipeline, collector.totals, methods))
     track_var.install(app)
     answer = middleware.wsgi_app
     if settings.metrics_path is not None and settings.metrics_token is not None:
@@ -234,13 +237,16 @@ def _add_route(app: Flask, path: str, exposition: Exposition) -> None:
         app.add_url_rule(path, METRICS_ENDPOINT, track_usage_metrics, **any_host)
 
 
-def _start(pipeline: Pipeline) -> Callable[[bool, bool], Callable[[], None] | None]:
+def _start(
+    pipeline: Pipeline, totals: Totals, methods: Callable[[], Set[str]]
+) -> Callable[[bool, bool], Callable[[], None] | None]:
     """Return the function that the middleware calls before the first request of a process."""
 
     def start(multiprocess: bool, ends: bool) -> Callable[[], None] | None:
         # Not earlier: exit handlers run in reverse order, and ours has to run before that of a
         # tracer provider, which the app has made by now.
         _at_exit(pipeline)
+        totals.methods.update(methods())
         return pipeline.start(multiprocess, ends)
 
     return start

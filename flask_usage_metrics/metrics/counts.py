@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 from operator import itemgetter
 
 from flask_usage_metrics.metrics.exemplars import pack
@@ -29,6 +29,7 @@ from flask_usage_metrics.metrics.names import (
 from flask_usage_metrics.metrics.series import Table
 from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.metrics.sink_counters import SinkCounters
+from flask_usage_metrics.records.methods import METHODS
 from flask_usage_metrics.records.record import TAKEN_OVER, UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
 
@@ -40,13 +41,14 @@ class Counts:
 
     Args:
         shape: Labels, buckets and bound of the families.
+        methods: See `LabelBounds`.
 
     Attributes:
         tables: The tables, by name of the family. A counter and the histogram share one if they
             have the same labels.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, methods: Set[str] = METHODS) -> None:
         self._shape = shape
         self._buckets = shape.buckets
         self._objectives = shape.objectives
@@ -71,6 +73,7 @@ class Counts:
             sizes=self._sizes,
             clients=self._clients,
             overflow=self._overflow,
+            methods=methods,
         )
         for objective in shape.objectives:
             for result in ("good", "bad"):

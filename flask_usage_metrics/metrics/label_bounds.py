@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from flask_usage_metrics.metrics.families import LabelValues
@@ -14,7 +14,7 @@ from flask_usage_metrics.metrics.names import (
 )
 from flask_usage_metrics.metrics.series import Series, Table
 from flask_usage_metrics.metrics.shape import Shape
-from flask_usage_metrics.records.methods import METHODS, OTHER_METHOD
+from flask_usage_metrics.records.methods import OTHER_METHOD
 from flask_usage_metrics.records.variables import variable_text
 from flask_usage_metrics.runtime.texts import printable
 
@@ -45,6 +45,7 @@ class LabelBounds:
         sizes: By endpoint.
         clients: By kind of client, of which there are few.
         overflow: Folds, by label.
+        methods: Methods that are labels of their own; there may be more later.
 
     Attributes:
         known: The series of combinations that were found before; `Shape.max_series` at most.
@@ -59,6 +60,7 @@ class LabelBounds:
         sizes: Table,
         clients: Table,
         overflow: Table,
+        methods: Set[str],
     ) -> None:
         self.known: dict[Combination, RequestSeries] = {}
         self._max_known = shape.max_series
@@ -71,6 +73,7 @@ class LabelBounds:
         self._sizes = sizes
         self._clients = clients
         self._overflow = overflow
+        self._methods = methods
         for label in ("country", "endpoint", "exception", "consumer", *shape.labels):
             overflow.new_numbers((label,))
 
@@ -82,7 +85,7 @@ class LabelBounds:
         """
         method, endpoint, status, country, client, own = key
         values = (
-            method if method in METHODS else OTHER_METHOD,
+            method if method in self._methods else OTHER_METHOD,
             UNMATCHED if endpoint is None else endpoint,
             _STATUSES.get(status, OTHER_STATUS),
             country or UNKNOWN_COUNTRY,
@@ -97,7 +100,7 @@ class LabelBounds:
         found = (requests, durations, sizes, self._clients.find((client,)))
         is_exact = (requests.values, sizes.values) == (values, values[1:2])
         # Clients choose methods, and apps status codes: `known` would fill up with unusual ones.
-        is_usual = method in METHODS and status in _STATUSES
+        is_usual = method in self._methods and status in _STATUSES
         if is_exact and is_usual and len(self.known) < self._max_known:
             self.known[key] = found
         return found

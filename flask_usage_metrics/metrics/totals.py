@@ -30,6 +30,7 @@ from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.metrics.shared_totals import Changes, SharedTotals
 from flask_usage_metrics.metrics.sink_counters import SinkCounters
 from flask_usage_metrics.metrics.totals_tables import FORMAT
+from flask_usage_metrics.records.methods import METHODS
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
@@ -75,6 +76,8 @@ class Totals:
         version: Version of the package.
 
     Attributes:
+        methods: The values of the label ``method`` but for ``_OTHER``: those of HTTP, and what
+            the rules of the apps name.
         state: Where the apps keep what their processes share; None: no app has joined.
         key: Text that those of the other workers have too: format of the shared file, shape, and
             number among the registries of this process that have the same shape and place.
@@ -82,6 +85,7 @@ class Totals:
 
     def __init__(self, shape: Shape, version: str) -> None:
         self.shape = shape
+        self.methods = set(METHODS)
         self.state: StateDir | None = None
         self.key = ""
         self._version = version
@@ -102,7 +106,7 @@ class Totals:
         self._told: Gauges | None = None
         self._workers: list[int] = []
         self._lock = threading.Lock()
-        self._counts = Counts(self.shape)
+        self._counts = Counts(self.shape, self.methods)
         # Until this process counts as one of the server's.
         self._onlooker: Onlooker | None = Onlooker(self.shape)
         self._server: Server | None = None

@@ -1,4 +1,7 @@
-"""The methods of HTTP; strangers may send any other, so what is counted by method folds them."""
+"""The methods of HTTP; strangers may send any other, so what is counted by method folds them.
+
+But for those that the rules of an app name, such as WebDAV's: see `extension.methods`.
+"""
 
 from __future__ import annotations
 

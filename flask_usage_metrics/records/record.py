@@ -25,7 +25,7 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
         started_at: When the request reached us; timezone-aware UTC, microseconds.
         duration_seconds: Seconds from the first byte of our wrapper until the last byte was
             handed to the server; >= 0.
-        method: As sent, at most 32 characters; not checked against a list.
+        method: In capitals, as Flask takes it, at most 32 characters; not checked against a list.
         scheme: ``"http"`` or ``"https"``, as the server saw it.
         host: Host and port as the client named them.
         root_path: Prefix the app is mounted under, without a trailing slash; ``""`` if none.

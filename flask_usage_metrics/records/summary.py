@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from datetime import datetime
 from typing import Any
 
@@ -22,8 +22,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Sums over the records of one group.
 
     Attributes:
-        group: The value of each field grouped by; ``"_OTHER"`` for all methods but HTTP's nine,
-            of which strangers can make up any number.
+        group: The value of each field grouped by; ``"_OTHER"`` for all methods but HTTP's nine and
+            those that the app's rules name, as strangers can make up any number.
         start: Start of the hour, day or month (aware UTC); None when not asked for.
         requests: Number of records.
         errors: Number of these with a 5xx status (`UsageRecord.is_server_error`).
@@ -72,6 +72,7 @@ def summarize_records(
     bounds: Sequence[float],
     *,
     visitors: bool = False,
+    methods: Set[str] = METHODS,
 ) -> list[Summary]:
     """Add up records by group, for a storage that cannot aggregate by itself.
 
@@ -81,7 +82,7 @@ def summarize_records(
     groups: dict[tuple[Any, ...], _Group] = {}
     for record in records:
         start = truncate(record.started_at, every) if every else None
-        key = (start, *(_group_value(record, field) for field in fields))
+        key = (start, *(_group_value(record, field, methods) for field in fields))
         group = groups.get(key)
         if group is None:
             group = groups[key] = _Group(Sums(), [0] * (len(bounds) + 1), set())
@@ -110,9 +111,9 @@ def summarize_records(
     return sorted(summaries, key=summary_order)
 
 
-def _group_value(record: UsageRecord, field: str) -> Any:
+def _group_value(record: UsageRecord, field: str, methods: Set[str]) -> Any:
     value = value_of(record, field)
-    return OTHER_METHOD if field == "method" and value not in METHODS else value
+    return OTHER_METHOD if field == "method" and value not in methods else value
 
 
 class _Group(msgspec.Struct):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from datetime import datetime, timedelta, timezone
 from itertools import islice
 from math import inf
@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from flask_usage_metrics.records.address import normalise
+from flask_usage_metrics.records.methods import METHODS
 from flask_usage_metrics.records.query import Every, Filter, Order, as_tuple, as_utc, check_grouping
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.records.summary import BUCKETS, Summary, summarize_records
@@ -31,6 +32,8 @@ class Storage(Writer):
             in an app those of its histogram, set when the app is set up.
         pseudonyms: Returns the pseudonyms a user's records may be kept under instead of the name,
             set when the app is set up; None: there are none.
+        known_methods: Returns the methods that sums tell apart, set when the app is set up; None:
+            those of HTTP.
         is_of_app: Whether this process writes here, set when an app is set up with it, and by
             `write`. Then what is not there yet holds no records; else to read it is an error, as
             its name may be wrong.
@@ -39,6 +42,7 @@ class Storage(Writer):
     bounds: Sequence[float] = BUCKETS
     is_of_app: bool = False
     pseudonyms: Callable[[str], Sequence[str]] | None = None
+    known_methods: Callable[[], Set[str]] | None = None
     _has_sums = True
 
     def select(self, wanted: Filter, order: Order, limit: int | None) -> Iterator[UsageRecord]:
@@ -184,7 +188,12 @@ class Storage(Writer):
             visitors: Whether to count different visitors.
         """
         records = self.select(wanted, "oldest", None)
-        return summarize_records(records, fields, every, self.bounds, visitors=visitors)
+        return summarize_records(
+            records, fields, every, self.bounds, visitors=visitors, methods=self._known_methods()
+        )
+
+    def _known_methods(self) -> Set[str]:
+        return METHODS if self.known_methods is None else self.known_methods()
 
     def get_sum(
         self,

@@ -118,11 +118,12 @@ class Site:
         seconds = samples(text, "flask_usage_request_duration_seconds_sum")
         own = self.app.config.get("TRACK_USAGE_LABELS", ())
         expected: dict[Labels, float] = {}
+        named = {name for rule in self.app.url_map.iter_rules() for name in rule.methods or ()}
         for record in records:
             key = _sorted(
                 country=record.country or "ZZ",
                 endpoint=record.endpoint or "__unmatched__",
-                method=record.method if record.method in _METHODS else "_OTHER",
+                method=record.method if record.method in named.union(_METHODS) else "_OTHER",
                 status=str(record.status) if 100 <= record.status <= 599 else "_OTHER",
                 **{name: as_label(record.track_var.get(name)) for name in own},
             )

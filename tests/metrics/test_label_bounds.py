@@ -45,12 +45,13 @@ def test_junk_methods_and_statuses_are_one_series(site: Site) -> None:
 
     for status in (99, 600, 777, 999):
         site.get(f"/{status}")
-    for method in ("PATCH", "BREW"):
+    for method in ("PATCH", "BREW", "STEEP", "POUR"):  # the rule names two of these
         site.request("/200", method=method)
     assert site.counted() == {
         ("GET", "view", "_OTHER", "ZZ"): 4,
         ("PATCH", "view", "200", "ZZ"): 1,
-        ("_OTHER", "view", "200", "ZZ"): 1,
+        ("BREW", "view", "200", "ZZ"): 1,
+        ("_OTHER", "__unmatched__", "405", "ZZ"): 2,
     }
 
 

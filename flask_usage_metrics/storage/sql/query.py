@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,11 +24,13 @@ class Query:
     Args:
         table: The table of records, or one of sums, whose columns have the same names.
         dialect: Of the database it is in.
+        methods: Methods that `group` tells apart.
     """
 
-    def __init__(self, table: sa.Table, dialect: Dialect) -> None:
+    def __init__(self, table: sa.Table, dialect: Dialect, methods: Set[str] = METHODS) -> None:
         self._table = table
         self._dialect = dialect
+        self._methods = methods
 
     @property
     def moment(self) -> sa.ColumnElement[Any]:
@@ -59,7 +61,7 @@ class Query:
             return field
         # Not as parameters either: see `field`.
         usual: list[sa.ColumnClause[Any]] = [
-            sa.literal_column(repr(method)) for method in sorted(METHODS)
+            sa.literal_column(repr(method)) for method in sorted(self._methods)
         ]
         other = sa.literal_column(repr(OTHER_METHOD), self._table.c.method.type)
         return sa.case((field.in_(usual), field), else_=other)

@@ -14,7 +14,7 @@ So the sums of an hour are those of its rows and of the rows that were pruned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -97,6 +97,7 @@ class Rollups:
             upkeep table.
         dialect: Of the database.
         bounds: Upper bounds of the latency buckets, in seconds, ascending.
+        methods: Methods that are told apart.
     """
 
     def __init__(
@@ -105,11 +106,13 @@ class Rollups:
         connection: sa.Connection,
         dialect: Dialect,
         bounds: Sequence[float],
+        methods: Set[str],
     ) -> None:
         self._tables = tables
         self._connection = connection
         self._dialect = dialect
-        self._query = Query(tables.records, dialect)
+        self._methods = methods
+        self._query = Query(tables.records, dialect, methods)
         step = -(-len(bounds) // MOST_BOUNDS)
         self._bounds = bounds if step <= 1 else bounds[::-step][::-1]
 
@@ -267,7 +270,7 @@ class Rollups:
         hourly, daily = self._tables.hourly, self._tables.daily
         whole = Filter(since=day, until=day + _DAY)
         # By `group` again: older versions kept unusual methods apart in the sums of an hour.
-        hours = Query(hourly, self._dialect)
+        hours = Query(hourly, self._dialect, self._methods)
         keys = [hourly.c.bounds, *map(hours.group, DIMENSIONS)]
         columns = [*SUMS, *AT_MOST]
         selected = (

@@ -240,6 +240,7 @@ class SQLStorage(Storage):
                 every,
                 self.bounds,
                 visitors=visitors,
+                methods=self._known_methods(),
             ).answer()
 
         return self.database.run(read, create=False, absent=[])
@@ -333,7 +334,9 @@ class SQLStorage(Storage):
         """Call a function with the `Rollups`, under their lock; see `Database.run_locked`."""
         dialect = self.database.reach()
         return self.database.run_locked(
-            lambda connection: work(Rollups(self._sums, connection, dialect, self.bounds)),
+            lambda connection: work(
+                Rollups(self._sums, connection, dialect, self.bounds, self._known_methods())
+            ),
             self._sums.upkeep.name,
             wait_seconds=wait_seconds,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any, Literal
@@ -54,6 +54,7 @@ class Summarizer:
         every: Period to group by as well; None: none.
         bounds: Upper bounds of the latency buckets, in seconds, ascending.
         visitors: Whether different visitors are counted, which takes rows.
+        methods: Methods that are told apart.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Summarizer:
         bounds: Sequence[float],
         *,
         visitors: bool,
+        methods: Set[str],
     ) -> None:
         self._tables = tables
         self._connection = connection
@@ -76,6 +78,7 @@ class Summarizer:
         self._every = every
         self._bounds = bounds
         self._visitors = visitors
+        self._methods = methods
 
     def answer(self) -> list[Summary]:
         """Return what `Storage.summarize` does, in its order."""
@@ -154,7 +157,7 @@ class Summarizer:
     def _read(self, wanted: Range) -> Iterator[Sequence[Any]]:
         """Yield rows like those of `Query.sums`; several may be of the same group."""
         table = getattr(self._tables, wanted.table)
-        query = Query(table, self._dialect)
+        query = Query(table, self._dialect, self._methods)
         times = {"since": wanted.since, "until": wanted.until}
         conditions = query.conditions(msgspec.structs.replace(self._wanted, **times))
         if wanted.table == "records":
