@@ -141,7 +141,8 @@ class WorkerGroup:
             yield from self._recover(self._server_run.folder)
         if now >= self._dead_runs_due:
             self._dead_runs_due = now + _DEAD_RUNS_SECONDS
-            for folder in list(dead_runs(self._state.homes(), self._server_run.folder)):
+            run = self._server_run
+            for folder in list(dead_runs(self._state.homes(), run.folder, run.note)):
                 yield from self._recover(folder)
                 remove_run(folder)
 

@@ -82,6 +82,12 @@ class RunNote(NamedTuple):
         starters = (self.starter, self.since), (other.starter, other.since)
         return self.is_like(other) and starters[0] == starters[1] and bool(self.since)
 
+    def follows(self, other: RunNote) -> bool:
+        """Tell whether one process starts the workers of both, with another key since then."""
+        one, another = (self.system, self.since), (other.system, other.since)
+        is_same = bool(self.since) and self.starter == other.starter and one == another
+        return is_same and self.key != other.key
+
     def is_foreign(self) -> bool:
         """Tell whether its process ids are not of this system, so that nobody knows who lives."""
         return self.system not in ("", digest(system_name()))

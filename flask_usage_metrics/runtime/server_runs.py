@@ -60,15 +60,16 @@ class ServerRun:
 
     Args:
         folder: See the attribute.
-        note: Of this process.
+        note: See the attribute.
 
     Attributes:
         folder: Where the members keep the files they share; it exists once one has joined.
+        note: Of this process.
     """
 
     def __init__(self, folder: Path, note: RunNote) -> None:
         self.folder = folder
-        self._note = note
+        self.note = note
         self._close: finalize[..., Any] | None = None
 
     def join(self) -> None:
@@ -91,7 +92,7 @@ class ServerRun:
             close.atexit = False  # the pipeline ends later, by an exit handler of its own
             is_held = wait_for_lock(descriptor, deadline, shared=True)
             if is_held and is_still(self.folder / LOCK, descriptor):
-                self._note.write(descriptor)
+                self.note.write(descriptor)
                 self._close = close
             else:
                 close()
@@ -105,7 +106,7 @@ class ServerRun:
     def end(self) -> None:
         """Stop being a member, and remove the folder if this process started the run."""
         self.release()
-        if self._note.starter == str(os.getpid()):
+        if self.note.starter == str(os.getpid()):
             remove_run(self.folder, starter_ends=True)
 
 
@@ -138,23 +139,25 @@ def living_runs(homes: Iterable[Path]) -> list[tuple[Path, RunNote]]:
     """Return the folders of an app's runs that are not dead, and their notes."""
     found = []
     for folder in _folders(homes):
-        with suppress(OSError, StateUnavailable), _held(folder) as (note, is_dead):
-            if not is_dead:
+        with suppress(OSError, StateUnavailable), _held(folder) as (note, is_free):
+            if not (is_free and _is_over(note)):
                 found.append((folder, note))
     return found
 
 
-def dead_runs(homes: Iterable[Path], own: Path) -> Iterator[Path]:
+def dead_runs(homes: Iterable[Path], own: Path, note: RunNote | None = None) -> Iterator[Path]:
     """Yield the folders of an app's runs that are dead.
 
     Args:
         homes: See `StateDir.homes`.
         own: Folder of this process's run, which is skipped.
+        note: Of this process: runs of its master's that have no members count as dead too if their
+            key is another, as after a reload with other settings. None: they do not.
     """
     for folder in _folders(homes):
         if folder != own:
-            with suppress(OSError, StateUnavailable), _held(folder) as (_, is_dead):
-                if is_dead:
+            with suppress(OSError, StateUnavailable), _held(folder) as (known, is_free):
+                if is_free and (_is_over(known) or (note is not None and note.follows(known))):
                     yield folder
 
 
@@ -165,8 +168,10 @@ def remove_run(folder: Path, *, starter_ends: bool = False) -> None:
         folder: Of the run.
         starter_ends: Whether the process that started it counts as ended already.
     """
-    with suppress(OSError, StateUnavailable), _held(folder, starter_ends) as (note, is_dead):
-        if not is_dead or any(_is_wanted(path) for path in folder.glob("*.journal")):
+    with suppress(OSError, StateUnavailable), _held(folder) as (note, is_free):
+        if not (is_free and (starter_ends or _is_over(note))):
+            return
+        if any(_is_wanted(path) for path in folder.glob("*.journal")):
             return
         if note.is_foreign() and _age_seconds(folder / LOCK) < _FOREIGN_SECONDS:
             return
@@ -174,6 +179,11 @@ def remove_run(folder: Path, *, starter_ends: bool = False) -> None:
             if _OWN_FILE.fullmatch(path.name):
                 path.unlink()
         folder.rmdir()
+
+
+def _is_over(note: RunNote) -> bool:
+    """Tell whether nobody would start members of a run any more."""
+    return not note.starter_lives()
 
 
 def _folders(homes: Iterable[Path]) -> Iterator[Path]:
@@ -212,8 +222,11 @@ def _one_by_one(home: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _held(folder: Path, starter_ends: bool = False) -> Iterator[tuple[RunNote, bool]]:
-    """Keep processes from joining a run inside the block; yield its note, and whether it is dead.
+def _held(folder: Path) -> Iterator[tuple[RunNote, bool]]:
+    """Keep processes from joining a run without members inside the block.
+
+    Yields:
+        Its note, and whether it has none.
 
     Raises:
         OSError: It is no run, or gone.
@@ -224,7 +237,6 @@ def _held(folder: Path, starter_ends: bool = False) -> Iterator[tuple[RunNote, b
     descriptor = open_existing(lock)
     try:
         note = RunNote.read(descriptor)
-        is_free = try_lock(descriptor) and is_still(lock, descriptor)
-        yield note, is_free and (starter_ends or not note.starter_lives())
+        yield note, try_lock(descriptor) and is_still(lock, descriptor)
     finally:
         os.close(descriptor)

@@ -17,7 +17,7 @@ import pytest
 import requests
 from helpers.front_door import samples
 from helpers.process import run, until
-from helpers.servers import Gunicorn
+from helpers.servers import APP, Gunicorn
 
 from flask_usage_metrics import open_storage
 from flask_usage_metrics.storage import Storage
@@ -380,3 +380,25 @@ def test_visitors_are_the_same_in_all_workers_and_after_a_restart(tmp_path: Path
     assert isinstance(storage, Storage)
     assert [summary.visitors for summary in storage.summarize((), visitors=True)] == [visitors]
     storage.close()
+
+
+def test_what_workers_left_is_recovered_by_those_with_other_settings(tmp_path: Path) -> None:
+    """Their totals are others by then, and the parent of both lives on."""
+    source = APP.replace("app.config.from_prefixed_env()", SETTINGS)
+    (tmp_path / "settings.json").write_text('{"TRACK_USAGE_FLUSH_SECONDS": 60}')
+    with Gunicorn(tmp_path, "-w", "2", app=source) as server:
+        for _ in range(20):
+            server.get()
+        before = server.workers()
+        server.process.send_signal(signal.SIGSTOP)  # it starts no others yet
+        for pid in before:
+            server.kill(pid)
+        (tmp_path / "settings.json").write_text('{"TRACK_USAGE_BUCKETS": [0.5]}')
+        server.process.send_signal(signal.SIGCONT)
+        until(lambda: total(server) + server.stored(), 40, 30)
+
+
+SETTINGS = """
+app.config.from_file("settings.json", load=__import__("json").load)
+app.config.from_prefixed_env()
+"""
