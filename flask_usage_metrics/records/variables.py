@@ -39,6 +39,8 @@ def variable_text(value: Any) -> str | None:
     """
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and isfinite(value):
-        return _to_json(value).decode()
-    return None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    return _to_json(value).decode() if isinstance(value, float) and isfinite(value) else None

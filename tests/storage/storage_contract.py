@@ -730,6 +730,7 @@ class StorageContract(StorageCore):
         assert len(list(storage.records(**plans))) == 5
         assert [one.requests for one in storage.summarize("track_var.größe-1", **plans)] == [5]
         assert storage.count(**{"track_var.plan": [["gold"], {"a": 1}, float("nan")]}) == 0
+        assert storage.count(**{"track_var.plan": [10**400, -(2**70)]}) == 0
         assert storage.count(**{"track_var.größe-1": None}) == 1
         assert storage.delete(storage.wanted(None, None, plans)) == 5
         assert storage.count() == len(records) - 5
