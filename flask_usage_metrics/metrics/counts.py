@@ -8,7 +8,7 @@ from operator import itemgetter
 
 from flask_usage_metrics.metrics.exemplars import pack
 from flask_usage_metrics.metrics.families import Family, LabelValues, Numbers
-from flask_usage_metrics.metrics.label_bounds import LabelBounds, own_values
+from flask_usage_metrics.metrics.label_bounds import Combination, LabelBounds, own_values
 from flask_usage_metrics.metrics.names import (
     CLIENT_REQUESTS,
     CONSUMER_REQUESTS,
@@ -93,14 +93,10 @@ class Counts:
         known, bounds, objectives = self._labels.known, self._buckets, self._objectives
         own = self._shape.labels
         for record in records:
-            key = (
-                record.method,
-                record.endpoint,
-                record.status,
-                record.country,
-                record.client,
-                own_values(record.track_var, own) if own else (),
-            )
+            key: Combination
+            key = (record.method, record.endpoint, record.status, record.country, record.client)
+            if own:
+                key = (*key, *own_values(record.track_var, own))
             requests, durations, sizes, clients = known.get(key) or self._labels.find(key)
             seconds = record.duration_seconds
             bucket = bisect_left(bounds, seconds)

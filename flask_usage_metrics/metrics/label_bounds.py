@@ -18,7 +18,7 @@ from flask_usage_metrics.records.methods import OTHER_METHOD
 from flask_usage_metrics.records.variables import variable_text
 from flask_usage_metrics.runtime.texts import printable
 
-Combination = tuple[str, str | None, int, str | None, str, LabelValues]
+Combination = tuple[Any, ...]
 """Method, endpoint, status, country and client of a record, and the values of the app's own labels.
 """
 
@@ -83,7 +83,7 @@ class LabelBounds:
         It is not added if a full table folded a label: each fold is counted, and there is none once
         the series comes from another worker.
         """
-        method, endpoint, status, country, client, own = key
+        method, endpoint, status, country, client, *own = key
         values = (
             method if method in self._methods else OTHER_METHOD,
             UNMATCHED if endpoint is None else endpoint,
