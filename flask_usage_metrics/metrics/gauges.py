@@ -7,15 +7,20 @@ from typing import Protocol
 
 import msgspec
 
-from flask_usage_metrics.metrics.families import LabelValues
+from flask_usage_metrics.metrics.families import Family, LabelSet, LabelValues
 from flask_usage_metrics.metrics.names import (
+    BUILD_INFO,
     IN_PROGRESS,
     JOURNALED,
+    OBJECTIVES,
     PENDING,
+    SHARED,
     SINK_UP,
+    VISITORS,
     WORKERS,
     Description,
 )
+from flask_usage_metrics.metrics.shape import Shape
 
 
 class GaugeSource(Protocol):
@@ -76,22 +81,42 @@ def combined(parts: Collection[Gauges]) -> Gauges:
     )
 
 
-def gauge_samples(
+def gauge_families(
+    shape: Shape,
     workers: Collection[Gauges],
-) -> dict[Description, dict[LabelValues, float]]:
-    """Return the value of each gauge series of a server.
+    *,
+    visitors: int | None,
+    is_shared: bool,
+    version: str,
+) -> dict[Description, Family]:
+    """Return the families of all gauges of a server.
 
     Args:
+        shape: Of the families.
         workers: The gauges of each of its workers.
+        visitors: How many came today; None: they are not told apart.
+        is_shared: Whether the workers are added together.
+        version: Of the package.
     """
     server = combined(workers)
-    return {
+    values: dict[Description, dict[LabelValues, float]] = {
         IN_PROGRESS: {(): server.in_progress},
         PENDING: {(sink,): pending for sink, pending in server.pending.items()},
         SINK_UP: {(sink,): int(up) for sink, up in server.up.items()},
         WORKERS: {(): len(workers)},
         JOURNALED: {(): int(server.journaled)},
+        OBJECTIVES: {(objective.name,): objective.ratio for objective in shape.objectives},
+        VISITORS: {} if visitors is None else {("1d",): visitors},
+        SHARED: {(): int(is_shared)},
+        BUILD_INFO: {(version,): 1},
     }
+    families = {}
+    for description, samples in values.items():
+        names = shape.labels_of(description)
+        series = [LabelSet(names, key) for key in sorted(samples)]
+        numbers = [[samples[labels.values]] for labels in series]
+        families[description] = Family(description, names, series, numbers)
+    return families
 
 
 def _by_sink(

@@ -5,31 +5,26 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from time import monotonic
 from typing import Protocol
-from weakref import WeakSet, finalize
 
 from flask_usage_metrics.metrics.counts import Counts
-from flask_usage_metrics.metrics.families import Family, LabelSet, LabelValues
-from flask_usage_metrics.metrics.gauges import Gauges, GaugeSource, gauge_samples, read_gauges
+from flask_usage_metrics.metrics.families import Family
+from flask_usage_metrics.metrics.gauges import Gauges, GaugeSource, gauge_families, read_gauges
 from flask_usage_metrics.metrics.names import (
-    BUILD_INFO,
     DESCRIPTIONS,
-    OBJECTIVES,
-    SHARED,
-    VISITORS,
-    Description,
 )
 from flask_usage_metrics.metrics.onlooker import Onlooker
 from flask_usage_metrics.metrics.shape import Shape
 from flask_usage_metrics.metrics.shared_totals import Changes, SharedTotals
 from flask_usage_metrics.metrics.sink_counters import SinkCounters
 from flask_usage_metrics.metrics.totals_tables import FORMAT
+from flask_usage_metrics.metrics.tracked_apps import TrackedApps
 from flask_usage_metrics.records.methods import METHODS
 from flask_usage_metrics.records.record import UsageRecord
 from flask_usage_metrics.runtime.faults import Faults
@@ -90,11 +85,7 @@ class Totals:
         self.key = ""
         self._version = version
         self._apps = 0
-        self._sources: WeakSet[GaugeSource] = WeakSet()
-        self._sink_counters: list[SinkCounters] = []
-        self._faults: list[Faults] = []
-        # Of apps that are gone, until what they counted last is taken.
-        self._departed: deque[tuple[Collection[SinkCounters], Faults]] = deque()
+        self._tracked = TrackedApps()
         self.reset_after_fork()
         FORKS.register(self)
 
@@ -111,8 +102,7 @@ class Totals:
         self._onlooker: Onlooker | None = Onlooker(self.shape)
         self._server: Server | None = None
         self._commits: dict[CountedJournal, int] = {}
-        for counters in self._sink_counters:
-            counters.reset()
+        self._tracked.reset()
 
     # ------------------------------------------------------------------------ set-up
 
@@ -138,10 +128,8 @@ class Totals:
 
     def sink_counters(self, sink: str) -> SinkCounters:
         """Return new counters; those of the same sink are added up."""
-        counters = SinkCounters(sink)
         with self._lock:
-            self._sink_counters.append(counters)
-        return counters
+            return self._tracked.sink_counters(sink)
 
     def watch(
         self, source: GaugeSource, counters: Collection[SinkCounters], faults: Faults
@@ -154,10 +142,7 @@ class Totals:
             faults: Of the app.
         """
         with self._lock:
-            self._sources.add(source)
-            self._faults.append(faults)
-        # A finalizer must not lock.
-        finalize(source, self._departed.append, (counters, faults)).atexit = False
+            self._tracked.add(source, counters, faults)
 
     # ------------------------------------------------------------------------ counting
 
@@ -220,13 +205,9 @@ class Totals:
 
     def _sync_if_need(self) -> None:
         if monotonic() < self._synced_at + _FRESH_SECONDS:
-            self._update()
+            self._tracked.update(self._counts)
             is_dirty = any(table.dirty for table in self._counts.tables.values())
-            if (
-                not is_dirty
-                and not self._commits
-                and read_gauges(list(self._sources)) == self._told
-            ):
+            if not is_dirty and not self._commits and self._tracked.gauges() == self._told:
                 return
         self._sync()
 
@@ -276,7 +257,7 @@ class Totals:
         # A file that is locked costs a second, which not every scrape and batch should wait.
         if self._file is None or monotonic() < self._retry_at:
             return False
-        self._update()
+        self._tracked.update(self._counts)
         tables = self._counts.tables
         dirty = [(name, series) for name, table in tables.items() for series in table.dirty]
         new = {
@@ -288,7 +269,7 @@ class Totals:
             if series.exemplars is not None
         }
         commits = {journal.id: number for journal, number in self._commits.items()}
-        gauges = read_gauges(list(self._sources))
+        gauges = self._tracked.gauges()
         began = monotonic()
         try:
             changes = self._file.sync(new, commits, gauges, exemplars)
@@ -320,7 +301,7 @@ class Totals:
         except (sqlite3.Error, OSError, StateUnavailable):
             pass
         if self._is_alone or not file.is_known:
-            self._update()
+            self._tracked.update(self._counts)
             for table in self._counts.tables.values():
                 table.show_new()
 
@@ -332,24 +313,12 @@ class Totals:
             if known is not None:
                 known.apply(values, sums, changes.exemplars.get(key))
 
-    def _update(self) -> None:
-        """Take what the sinks and faults of all apps counted since the last call."""
-        departed = [self._departed.popleft() for _ in range(len(self._departed))]
-        self._counts.update(self._sink_counters, self._faults)
-        for sink_counters, faults in departed:
-            for counters in sink_counters:
-                self._sink_counters.remove(counters)
-                self._counts.forget(counters)
-            self._faults.remove(faults)
-            self._counts.forget(faults)
-
     def _miss(self, error: Exception, began: float) -> None:
         """Report that the shared file could not be used, and leave it alone if it is locked."""
         self._is_shared = False
         if monotonic() > began + _QUICK_SECONDS:
             self._retry_at = monotonic() + _PAUSE_SECONDS
-        if self._faults:
-            self._faults[0].report("totals", error, "workers are added together later")
+        self._tracked.report(error, "workers are added together later")
 
     def _note_commits(self) -> None:
         """Tell the journals which of their commits are in the totals."""
@@ -367,7 +336,7 @@ class Totals:
             TimeoutError: Another thread has held the totals for 5 seconds, as where the disk of the
                 shared file hangs.
         """
-        sources = list(self._sources)
+        sources = self._tracked.sources()
         # Before as well: what is processed is counted here.
         self._acquire()
         self._lock.release()
@@ -381,9 +350,13 @@ class Totals:
         finally:
             self._lock.release()
         visitors = [count for source in sources if (count := source.visitors()) is not None]
-        samples = self._samples(list(workers.values()), visitors)
-        for description, values in samples.items():
-            families[description] = self._gauge_family(description, values)
+        families |= gauge_families(
+            self.shape,
+            list(workers.values()),
+            visitors=sum(visitors) if visitors else None,
+            is_shared=self._is_shared,
+            version=self._version,
+        )
         return [families[description] for description in DESCRIPTIONS]
 
     def _seen(self) -> tuple[Counts, dict[int, Gauges]] | None:
@@ -400,7 +373,7 @@ class Totals:
         """Return what this process and other workers of its server have counted."""
         workers: dict[int, Gauges] = {}
         if self._file is None:
-            self._update()
+            self._tracked.update(self._counts)
             for table in self._counts.tables.values():
                 table.merge_local()
         else:
@@ -422,7 +395,7 @@ class Totals:
 
     def in_progress(self) -> int:
         """Return the number of requests being answered in this process."""
-        return sum(source.in_progress() for source in list(self._sources))
+        return sum(source.in_progress() for source in self._tracked.sources())
 
     def seen_run(self) -> Path | None:
         """Return the folder of the server run that `families` looked at last, as it is no member.
@@ -436,20 +409,3 @@ class Totals:
     def workers(self) -> list[int]:
         """Return the process ids of all living workers, as `families` met them last."""
         return self._workers or [os.getpid()]
-
-    def _samples(
-        self, workers: list[Gauges], visitors: list[int]
-    ) -> dict[Description, dict[LabelValues, float]]:
-        """Return the value of each series of all gauges."""
-        return {
-            **gauge_samples(workers),
-            OBJECTIVES: {(objective.name,): objective.ratio for objective in self.shape.objectives},
-            VISITORS: {("1d",): sum(visitors)} if visitors else {},
-            SHARED: {(): int(self._is_shared)},
-            BUILD_INFO: {(self._version,): 1},
-        }
-
-    def _gauge_family(self, description: Description, values: dict[LabelValues, float]) -> Family:
-        names = self.shape.labels_of(description)
-        series = [LabelSet(names, key) for key in sorted(values)]
-        return Family(description, names, series, [[values[labels.values]] for labels in series])
