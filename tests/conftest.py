@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.examples import examples
 from helpers.front_door import Site, sites
 from hypothesis import settings
 
@@ -13,7 +14,7 @@ pytest_plugins = ["helpers.process", "helpers.selection", "helpers.watch"]
 
 # The same examples in each run, so that a change's run judges the change. Others, to find what
 # nobody thought of: pytest --hypothesis-profile=default
-settings.register_profile("same", derandomize=True)
+settings.register_profile("same", derandomize=True, max_examples=examples(100))
 settings.load_profile("same")
 
 

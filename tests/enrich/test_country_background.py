@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from helpers.examples import examples
 from helpers.process import run_python
 from helpers.watch import alive
 from hypothesis import HealthCheck, given, settings
@@ -530,7 +531,7 @@ def test_whatever_a_service_answers_is_a_country_or_unknown(server, make):
     countries = make(server.url, pause_after=10**9)
     numbers = iter(range(10**6))
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         st.binary(max_size=200)
         | st.dictionaries(COUNTRY_KEYS | st.text(), JSON | st.sampled_from(["DE", "xk", "EU"]))

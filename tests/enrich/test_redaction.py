@@ -14,6 +14,7 @@ from datetime import date
 from urllib.parse import quote
 
 import pytest
+from helpers.examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from werkzeug.routing import BaseConverter, Map, Rule
@@ -30,7 +31,9 @@ TOKEN = "Zm9vYmFyYmF6cXV4_1x9Kd8Qp2LwT"
 ALPHANUMERIC = string.ascii_letters + string.digits
 
 # A busy machine draws too slowly for the usual health check.
-FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FUZZ = settings(
+    max_examples=examples(200), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 def redactor_of(parts=(), **how):

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import pytest
 from flask import g, request
+from helpers.examples import examples
 from helpers.front_door import Site
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -245,7 +246,7 @@ def outputs(make_site: Make, caplog: pytest.LogCaptureFixture) -> Outputs:
 
 
 @settings(
-    max_examples=150,
+    max_examples=examples(150),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -278,15 +278,21 @@ for app in [app]:
 """
 
 
-@pytest.mark.parametrize("count", [pytest.param(200), pytest.param(2000, marks=pytest.mark.slow)])
-def test_an_app_factory_called_again_and_again_stays_flat(tmp_path: Path, count: int) -> None:
+# Caches fill up in the first two hundred; after that one app leaves less than 1 kB, measured.
+@pytest.mark.parametrize(
+    ("count", "most_megabytes"),
+    [pytest.param(200, 16, id="200"), pytest.param(600, 4, id="600", marks=pytest.mark.slow)],
+)
+def test_an_app_factory_called_again_and_again_stays_flat(
+    tmp_path: Path, count: int, most_megabytes: int
+) -> None:
     done = run_python(FACTORY, tmp_path, count, seconds=300)
     assert (done.returncode, done.stderr) == (0, "")
     threads, files, journals, kilobytes = map(int, done.stdout.split())
     assert threads < 100
     assert files < 250
     assert journals < 60
-    assert kilobytes < 16 * 1024
+    assert kilobytes < most_megabytes * 1024
     found = 0
     for file in tmp_path.rglob("usage.sqlite3"):
         with sqlite3.connect(file) as connection:

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from helpers.damage import break_it
 from helpers.process import environment, need, run
+from helpers.servers import GUNICORN as PREPARED
+from helpers.servers import LIBRARIES
 from helpers.watched import Watched
 
 pytestmark = [
@@ -56,6 +58,12 @@ RECYCLED = ("--max-requests", "15")
 
 def gunicorn(*options: str) -> Case:
     return Case((*GUNICORN, *options), "gunicorn", reload=HUP)
+
+
+def prepared_gunicorn(*options: str) -> Case:
+    """Return one whose many workers need not import the libraries each."""
+    program = PREPARED.format(libraries=LIBRARIES)
+    return Case((*SCRIPT, program, *GUNICORN[3:], *options), "gunicorn", reload=HUP)
 
 
 # Given by systemd as file descriptor 3.
@@ -120,13 +128,13 @@ run_simple("127.0.0.1", int(sys.argv[1]), app, **{})
 
 CASES = {
     "gunicorn, sync": gunicorn("-w", "4"),
-    "gunicorn, gthread": gunicorn("-w", "3", "--threads", "2"),
+    "gunicorn, gthread": prepared_gunicorn("-w", "3", "--threads", "2"),
     "gunicorn, gevent": gunicorn("-w", "3", "-k", "gevent"),
-    "gunicorn, reuse-port": gunicorn("-w", "3", "--reuse-port"),
+    "gunicorn, reuse-port": prepared_gunicorn("-w", "3", "--reuse-port"),
     "gunicorn, preload": gunicorn("-w", "3", "--preload"),
-    "gunicorn, one recycled worker": gunicorn("-w", "1", *RECYCLED),
-    "gunicorn, recycled": gunicorn("-w", "3", *RECYCLED),
-    "gunicorn, two addresses": gunicorn("-w", "3", "-b", "127.0.0.1:0"),
+    "gunicorn, one recycled worker": prepared_gunicorn("-w", "1", *RECYCLED),
+    "gunicorn, recycled": prepared_gunicorn("-w", "3", *RECYCLED),
+    "gunicorn, two addresses": prepared_gunicorn("-w", "3", "-b", "127.0.0.1:0"),
     "gunicorn, Unix socket": Case(
         (*PYTHON, "gunicorn", "shop:app", "-w", "3", "-b", "unix:a.sock"),
         "gunicorn",

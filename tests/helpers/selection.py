@@ -24,22 +24,28 @@ import pytest
 MARKED = ("servers", "slow")
 """Left out, unless they are asked for."""
 
+UNTRACED = ("slow", "alone", "hypothesis")
+"""Marks of tests whose coverage is not measured, as that doubles what they take: it has to be
+reached without them. Hypothesis marks its own."""
+
 DATABASES = frozenset({"postgresql", "mariadb"})
 """Fixtures that start a server; tests also ask for them by a parameter of this name."""
 
 LONG = (
+    "test_server_matrix",
     "test_benchmarks",
     "test_sql",
     "test_rules",
     "test_workers",
-    "test_recovery",
+    "test_shared_app_metrics",
     "test_sqlite",
-    "test_server_matrix",
     "test_servers",
+    "test_lifetime",
     "test_server_faults",
     "test_rollups",
     "test_dashboards_live",
     "test_replay_spans",
+    "test_recovery",
     "test_redaction",
 )
 """Files that take longest, the longest first."""
@@ -81,11 +87,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept, left_out = [], []
+    is_measured = config.pluginmanager.hasplugin("_cov")
     for item in items:
         names = asked_for(item)
         if names & DATABASES:
             item.add_marker("servers")
         reason = next((name for name in MARKED if item.get_closest_marker(name)), None)
+        if is_measured and any(map(item.get_closest_marker, UNTRACED)):
+            item.add_marker("no_cover")
         if reason is None or config.option.everything:
             kept.append(item)
         else:

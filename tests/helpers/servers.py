@@ -44,6 +44,8 @@ from gunicorn.app.wsgiapp import run
 run("gunicorn")
 """
 
+LIBRARIES = "flask, prometheus_client, requests, sqlalchemy"
+
 Own = TypeVar("Own", bound="Server")
 
 
@@ -165,7 +167,7 @@ class Gunicorn(Server):
         folder: Path,
         *options: str,
         app: str = APP,
-        libraries: str = "flask, prometheus_client, requests, sqlalchemy",
+        libraries: str = LIBRARIES,
         **environment: str,
     ) -> None:
         (folder / "shop.py").write_text(app)

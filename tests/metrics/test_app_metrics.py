@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from helpers.examples import examples
 from helpers.process import Process, start_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -355,7 +356,7 @@ def test_a_missing_folder_is_reported_and_gives_nothing(
     assert left_out(faults) == 2
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(
     data=st.data(),
     changes=st.lists(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from flask import Flask, Response, g, request
+from helpers.examples import examples
 from helpers.front_door import Site, samples
 from helpers.process import until
 from helpers.records import make_record
@@ -257,7 +258,7 @@ def test_a_label_that_grows_leaves_the_others_alone() -> None:
     assert found == {"free": 250, "gold": 250}
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=examples(60), deadline=None, database=None)
 @given(
     records=st.lists(
         st.builds(

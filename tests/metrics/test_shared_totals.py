@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from helpers.damage import break_it
+from helpers.examples import examples
 from helpers.process import start_python
 from helpers.records import START, make_record
 from helpers.watch import descriptors
@@ -308,7 +309,7 @@ WORKERS = range(3)
 WORK = [*(f"sync {number}" for number in WORKERS), "end 0", "kill 0", "kill 1"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
 def test_no_sum_falls_or_is_wrong_whatever_is_lost_at_once(data: st.DataObject) -> None:
     """Workers come, go, are killed and sync in any order, while the file or its copy is damaged.

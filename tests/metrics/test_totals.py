@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from flask import Flask
+from helpers.examples import examples
 from helpers.front_door import Site, samples
 from helpers.records import make_record
 from hypothesis import given, settings
@@ -212,7 +213,7 @@ def fuzzed() -> tuple[Flask, TrackUsage, list[dict[str, Any]]]:
     return app, usage, stored
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     method=st.text(max_size=30),
     path=st.text(max_size=60),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from helpers.examples import examples
 from helpers.process import run_python, start_python
 from helpers.watch import descriptors
 from hypothesis import given, settings
@@ -138,7 +139,7 @@ def test_the_file_is_unlocked_and_closed_with_the_last_reference(tmp_path: Path)
 # ------------------------------------------------------------------------ the ring
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     st.lists(
         st.one_of(

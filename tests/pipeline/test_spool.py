@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from helpers.examples import examples
 from helpers.process import Done, run_python
 from helpers.records import make_record, make_records
 from hypothesis import given, settings
@@ -116,7 +117,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(operations, st.sampled_from([500, 9_000, 40_000, LARGE]))
 def test_a_spool_is_a_bounded_queue_that_drops_its_oldest(
     todo: list[tuple[str, int]], max_bytes: int
@@ -396,7 +397,7 @@ def frame_ends(content: bytes) -> Iterator[int]:
         yield offset
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(damages, st.integers(0, 12), st.booleans())
 def test_a_damaged_file_gives_what_is_before_the_damage_and_nothing_made_up(
     harm: list[tuple[str, float, bytes]], acked: int, recovered: bool

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from flask import Flask, request
+from helpers.examples import examples
 from helpers.front_door import Site
 from helpers.records import make_record
 from hypothesis import given, settings
@@ -110,7 +111,7 @@ pieces = st.sampled_from(
 texts = st.lists(pieces, max_size=12).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(root=texts, path=texts, query=texts)
 def test_of_any_path_and_query(watched: Watched, root: str, path: str, query: str) -> None:
     root = f"/{root}" if root else ""
@@ -122,7 +123,7 @@ def test_of_any_path_and_query(watched: Watched, root: str, path: str, query: st
     assert re.search(r"[\x00-\x1f\x7f-\x9f]", url) is None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(root=texts, path=texts, query=texts, host=st.sampled_from(["a.example", "127.0.0.1:8000"]))
 def test_what_is_taken_as_it_is_is_what_flask_would_make(
     root: str, path: str, query: str, host: str

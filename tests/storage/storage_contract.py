@@ -8,6 +8,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from helpers.examples import examples
 from helpers.records import START, UTC, make_record, make_records
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -585,7 +586,7 @@ class StorageContract(StorageCore):
 
     @given(records=st.lists(any_records(), max_size=10))
     @settings(
-        max_examples=25,
+        max_examples=examples(25),
         deadline=None,
         database=None,
         suppress_health_check=SUPPRESSED,
@@ -867,7 +868,7 @@ class StorageContract(StorageCore):
         ),
     )
     @settings(
-        max_examples=40,
+        max_examples=examples(40),
         deadline=None,
         database=None,
         suppress_health_check=SUPPRESSED,
@@ -893,7 +894,7 @@ class StorageContract(StorageCore):
         endpoint=st.sampled_from(["user", ["user", "cart"]]),
     )
     @settings(
-        max_examples=30,
+        max_examples=examples(30),
         deadline=None,
         database=None,
         suppress_health_check=SUPPRESSED,
@@ -1059,7 +1060,7 @@ class StorageContract(StorageCore):
         how=st.sampled_from(["sum", "name", "plural"]),
     )
     @settings(
-        max_examples=150,
+        max_examples=examples(150),
         deadline=None,
         database=None,
         suppress_health_check=SUPPRESSED,
@@ -1086,7 +1087,7 @@ class StorageContract(StorageCore):
 
     @given(records=st.lists(any_records(), max_size=8), named=st.sampled_from(SUMS))
     @settings(
-        max_examples=40,
+        max_examples=examples(40),
         deadline=None,
         database=None,
         suppress_health_check=SUPPRESSED,
@@ -1268,7 +1269,7 @@ class StorageContract(StorageCore):
         ).filter(bool),
     )
     @settings(
-        max_examples=40,
+        max_examples=examples(40),
         deadline=None,
         database=None,
         suppress_health_check=SUPPRESSED,

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from helpers.examples import examples
 from helpers.front_door import Site
 from helpers.process import start_python, until
 from helpers.records import UTC, make_record
@@ -291,7 +292,7 @@ def test_rows_that_are_erased_are_not_in_them(storage: SQLStorage) -> None:
 
 @pytest.mark.slow
 @settings(
-    max_examples=12,
+    max_examples=examples(12),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
