@@ -31,7 +31,7 @@ from flask_usage_metrics.runtime.faults import Faults
 from flask_usage_metrics.runtime.forks import FORKS
 from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.servers import Server
-from flask_usage_metrics.runtime.state_dir import StateDir
+from flask_usage_metrics.runtime.state_dir import StateDir, digest
 
 _LOCK_SECONDS = 5.0
 _QUICK_SECONDS = 0.5
@@ -120,7 +120,7 @@ class Totals:
         """
         if self.state is None:
             self.state = state
-            shared = f"{self.shape} {state.places} {state.name}"
+            shared = digest(f"{self.shape} {state.places} {state.name}")
             self.key = f"{FORMAT} {self.shape} {next(_REGISTRIES[shared])}"
         key = f"{app} {self._apps} {' '.join(storages)}"
         self._apps += 1
