@@ -37,16 +37,21 @@ def url_of(scheme: str, host: str, root_path: str, path: str, query: str) -> str
     Returns:
         The parts as they are, one after the other, if there is no scheme or host, or no URL of such
         a host.
+
+    Raises:
+        TypeError: One is no text.
     """
-    host = host.removesuffix(_USUAL_PORTS.get(scheme, ""))
-    front = f"{scheme}://{host}{root_path}{path}"
-    url = f"{front}?{query}" if query else front
-    if _PLAIN_FRONT.fullmatch(front) and _PLAIN_QUERY.fullmatch(query):
-        return url
-    if not scheme or not host:
-        return url
     try:
+        host = host.removesuffix(_USUAL_PORTS.get(scheme, ""))
+        front = f"{scheme}://{host}{root_path}{path}"
+        url = f"{front}?{query}" if query else front
+        if _PLAIN_FRONT.fullmatch(front) and _PLAIN_QUERY.fullmatch(query):
+            return url
+        if not scheme or not host:
+            return url
         url = get_current_url(scheme, host, root_path, path, query.encode())
     except ValueError:
         return url
+    except AttributeError as error:
+        raise TypeError("a part of the URL is no text") from error
     return _CONTROLS.sub(lambda found: quote(found[0]), url)

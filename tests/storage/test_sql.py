@@ -161,6 +161,8 @@ def test_flask_sqlalchemy_lends_its_engine(server: Server, tmp_path: Path) -> No
         {"status": -(2**31) - 1},
         {"status": "200"},
         {"status": None, "path": 5},
+        {"host": 5},
+        {"query": 5},
         {"bytes_sent": 2**63},
         {"bytes_sent": 1.5},
         {"username": {"a": "dict"}},
