@@ -1,7 +1,6 @@
 """Faults at random under load, with the README's two lines: one number in the end; run by hand.
 
     python tests/soak.py --seconds 600
-    python tests/soak.py --seconds 600 --no-damage    # the files of totals are left alone
 
 Workers are killed, recycled, reloaded, and stopped for a while; the disk fills up; the totals, the
 storage and the locks of server runs are held; the totals or their copy are cut, emptied,
@@ -51,25 +50,21 @@ class Soak:
         server: It runs, and is watched.
         seed: Of what happens when.
         disk: Where a file fills the disk; None: it cannot be filled.
-        damage: Whether the totals and their copy are damaged, too.
     """
 
-    def __init__(self, server: Watched, seed: int, disk: Path | None, damage: bool) -> None:
+    def __init__(self, server: Watched, seed: int, disk: Path | None) -> None:
         self.server = server
         self.faults: Counter[str] = Counter()
         self._rng = random.Random(seed)
         self._disk = disk
-        self._damages = damage
         self._stop = threading.Event()
         self.told: list[str] = []
 
     def run(self, seconds: float, visitors: int) -> None:
         """Visit the server, and let faults happen, for some seconds."""
         faults: list[Callable[[], None]] = [
-            self.kill, self.kill, self.pause, self.reload, self.lock,
-        ]  # fmt: skip
-        if self._damages:
-            faults += [self.damage, self.damage]
+            *(self.kill, self.kill, self.damage, self.damage, self.pause, self.reload, self.lock)
+        ]
         if self._disk is not None:
             faults.append(self.fill)
         end = time.monotonic() + seconds
@@ -191,9 +186,7 @@ def small_disk(folder: Path, size: str = "2g") -> Iterator[Path | None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def soak(
-    folder: Path, seconds: float, *, visitors: int = 3, seed: int = 0, damage: bool = True
-) -> str:
+def soak(folder: Path, seconds: float, *, visitors: int = 3, seed: int = 0) -> str:
     """Run it; return what happened.
 
     Raises:
@@ -201,7 +194,7 @@ def soak(
     """
     with small_disk(folder / "instance") as disk, Watched(folder, *COMMAND) as server:
         server.visit(20)
-        faults = Soak(server, seed, disk, damage)
+        faults = Soak(server, seed, disk)
         try:
             faults.run(seconds, visitors)
             server.assert_one_number(seconds=60)
@@ -220,12 +213,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--visitors", type=int, default=3, help="threads that make requests")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--no-damage", dest="damage", action="store_false")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory() as place:
-        given = {name: getattr(options, name) for name in ("visitors", "seed", "damage")}
-        print(soak(Path(place), options.seconds, **given))
+        print(
+            soak(Path(place), options.seconds, visitors=options.visitors, seed=options.seed),
+        )
 
 
 if __name__ == "__main__":
