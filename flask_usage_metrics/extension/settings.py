@@ -189,8 +189,13 @@ def _token(given: Any) -> str | None:
     # Blanks around it are of the file it was read from. Neither empty nor "None" is a token: who
     # sets one wants the page closed.
     token: str = given.strip()
-    if _is_none(token) or not token.isprintable():
-        raise ValueError
+    for is_wrong, what in (
+        (not token, "an empty text"),
+        (_is_none(token), "the text None"),
+        (not token.isprintable(), "a text of several lines or with control characters"),
+    ):
+        if is_wrong:
+            raise ConfigError(f"TRACK_USAGE_METRICS_TOKEN must be a token or None, not {what}")
     return token
 
 
@@ -332,9 +337,7 @@ KEYS: dict[str, Key] = {
         None, "a URL, a storage, a callable or a list of these", _anything, is_secret=True
     ),
     "TRACK_USAGE_METRICS_PATH": Key("/metrics", "a path that starts with / or None", _path),
-    "TRACK_USAGE_METRICS_TOKEN": Key(
-        None, "a text that is not empty or None", _token, is_secret=True
-    ),
+    "TRACK_USAGE_METRICS_TOKEN": Key(None, "a token or None", _token, is_secret=True),
     "TRACK_USAGE_EXCLUDE": Key(
         (), "a list of endpoint globs and of paths that start with /, or None", _exclude
     ),

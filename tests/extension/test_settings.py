@@ -25,9 +25,13 @@ def track(**config: Any) -> None:
     [
         ("INCLUDE_OR_EXCLUDE_VIEWS", "all", "must be 'include' or 'exclude', not 'all'"),
         ("METRICS_PATH", "metrics", "must be a path that starts with / or None, not 'metrics'"),
-        ("METRICS_TOKEN", 5, "must be a text that is not empty or None, not int"),
-        *(("METRICS_TOKEN", empty, "not empty or None, not str") for empty in ("", " \n", "None")),
-        ("METRICS_TOKEN", "a\nb", "not empty or None, not str"),
+        ("METRICS_TOKEN", 5, "must be a token or None, not int"),
+        *(
+            ("METRICS_TOKEN", empty, "must be a token or None, not an empty")
+            for empty in ("", " \n")
+        ),
+        ("METRICS_TOKEN", " none ", "must be a token or None, not the text None"),
+        ("METRICS_TOKEN", "a\nb", "not a text of several lines or with control characters"),
         ("EXCLUDE", 5, "must be a list of endpoint globs"),
         ("EXCLUDE", [5], "must be a list of endpoint globs"),
         ("MAX_SERIES", "lots", "must be a positive int, not 'lots'"),
