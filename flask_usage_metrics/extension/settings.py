@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
 from math import inf
 from typing import Any
@@ -29,6 +30,12 @@ _LEAST_SPOOL_BYTES = 1024 * 1024
 
 _MOST_DAYS = 36_525
 """A century: enough for everybody, and never before the year 1."""
+
+_MOST_FLUSH_SECONDS = 86_400
+"""A day; a wait that the platform cannot express would end the thread that writes."""
+
+_PATH = re.compile(r"/(?!/)[A-Za-z0-9/._~!$&'()*+,;=:@-]*")
+"""A path that a URL has as it is (RFC 3986, 3.3), and in which Werkzeug reads no variable."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,13 +208,18 @@ def _token(given: Any) -> str | None:
 
 def _path(given: Any) -> str | None:
     path = _text(given)
-    if path is not None and not path.startswith("/"):
+    if path is not None and not _PATH.fullmatch(path):
         raise ValueError
     return path
 
 
 def _folder(given: Any) -> str | None:
-    return None if _is_none(given) else os.fspath(given)
+    if _is_none(given):
+        return None
+    folder = os.fspath(given)
+    if not isinstance(folder, str) or "\0" in folder:
+        raise ValueError
+    return folder
 
 
 def _url(given: Any) -> str | None:
@@ -232,7 +244,8 @@ def _items(given: Any) -> tuple[Any, ...]:
             given = [part.strip() for part in given.split(",") if part.strip()]
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise TypeError
-    return tuple(given)
+    # The order of a set of texts differs from one process to the next.
+    return tuple(sorted(given) if isinstance(given, Set) else given)
 
 
 def _texts(given: Any) -> tuple[str, ...]:
@@ -282,6 +295,13 @@ def _positive_number(given: Any) -> float:
     if not 0 < value < inf:
         raise ValueError
     return value
+
+
+def _flush_seconds(given: Any) -> float:
+    seconds = _positive_number(given)
+    if seconds > _MOST_FLUSH_SECONDS:
+        raise ValueError
+    return seconds
 
 
 def _days(given: Any) -> float | None:
@@ -336,7 +356,9 @@ KEYS: dict[str, Key] = {
     "TRACK_USAGE_STORAGE": Key(
         None, "a URL, a storage, a callable or a list of these", _anything, is_secret=True
     ),
-    "TRACK_USAGE_METRICS_PATH": Key("/metrics", "a path that starts with / or None", _path),
+    "TRACK_USAGE_METRICS_PATH": Key(
+        "/metrics", "a path that starts with / and needs no percent-encoding or None", _path
+    ),
     "TRACK_USAGE_METRICS_TOKEN": Key(None, "a token or None", _token, is_secret=True),
     "TRACK_USAGE_EXCLUDE": Key(
         (), "a list of endpoint globs and of paths that start with /, or None", _exclude
@@ -378,7 +400,9 @@ KEYS: dict[str, Key] = {
         _objectives,
     ),
     "TRACK_USAGE_BUFFER_RECORDS": Key(10_000, "a positive int", _positive_int),
-    "TRACK_USAGE_FLUSH_SECONDS": Key(0.5, "a positive number of seconds", _positive_number),
+    "TRACK_USAGE_FLUSH_SECONDS": Key(
+        0.5, f"a positive number of seconds up to {_MOST_FLUSH_SECONDS}", _flush_seconds
+    ),
     "TRACK_USAGE_STATE_DIR": Key(None, "a path or None", _folder),
     "TRACK_USAGE_SPOOL_BYTES": Key(
         256 * 1024 * 1024, f"an int of at least {_LEAST_SPOOL_BYTES}", _spool_bytes

@@ -74,7 +74,7 @@ RESPONSE_BYTES = Description(
 REQUEST_BYTES = Description(
     "flask_usage_request_bytes_total",
     "counter",
-    "Bytes of request bodies, by their Content-Length.",
+    "Bytes that were read of request bodies, whatever these claim to have.",
     ("endpoint",),
 )
 CLIENT_REQUESTS = Description(

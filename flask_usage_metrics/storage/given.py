@@ -33,10 +33,13 @@ def as_record(data: Mapping[str, Any]) -> UsageRecord:
             without ``date`` and ``started_at`` it is of now. Naive times mean UTC.
 
     Raises:
-        ValueError: A value is none of its kind, such as a status that is no number.
-        TypeError: Likewise.
+        ValueError: A value is none of its kind, such as a status that is no number, or larger than
+            any storage keeps; the message names it.
+        TypeError: It is no dict, or the date is no date.
         OverflowError: The date is beyond what a datetime can hold.
     """
+    if not isinstance(data, Mapping):
+        raise TypeError(f"a record must be a dict, not {type(data).__name__}")
     given = {**_request_line(data), **data, **_renamed(data), **_agent(data)}
     fields = {name: _read(name, given.get(name)) for name in _KINDS}
     fields["started_at"] = started_at = _moment(data)
@@ -176,6 +179,9 @@ def _kind(hint: Any) -> tuple[Any, bool]:
     return get_origin(kind) or kind, NoneType in members
 
 
+_LARGEST = {"status": 2**31 - 1}
+"""What a column holds, where that is less than 64 bits."""
+
 _KINDS = {name: _kind(hint) for name, hint in get_type_hints(UsageRecord).items()}
 
 
@@ -183,4 +189,10 @@ def _read(name: str, value: Any) -> Any:
     kind, is_optional = _KINDS[name]
     if value is None or (kind is dict and value in ("", "null", "None")):
         return None if is_optional or kind is datetime else kind()
-    return _READERS[kind](value)
+    try:
+        read = _READERS[kind](value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    if kind is int and abs(read) > _LARGEST.get(name, 2**63 - 1):
+        raise ValueError(f"{name}: the number is too large")
+    return read

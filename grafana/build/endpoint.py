@@ -83,7 +83,7 @@ def rate_errors_duration() -> Row:
             red.latency_heatmap().span(12).height(8),
             lines(
                 "Bytes per request",
-                "Mean size of bodies: received, by their Content-Length, and sent. "
+                "Mean size of bodies: received, as far as they were read, and sent. "
                 "Of all countries.",
                 over_time(bytes_per_request("response"), "sent"),
                 over_time(bytes_per_request("request"), "received"),

@@ -24,7 +24,13 @@ def track(**config: Any) -> None:
     ("key", "value", "message"),
     [
         ("INCLUDE_OR_EXCLUDE_VIEWS", "all", "must be 'include' or 'exclude', not 'all'"),
-        ("METRICS_PATH", "metrics", "must be a path that starts with / or None, not 'metrics'"),
+        ("METRICS_PATH", "metrics", "and needs no percent-encoding or None, not 'metrics'"),
+        *(
+            ("METRICS_PATH", path, "must be a path that starts with / and needs no percent-enc")
+            for path in ("/<a", "/<int:x>", "/a b", "/métriques", "/a\0", "/%41", "//a", "/a?b")
+        ),
+        ("STATE_DIR", b"state", "must be a path or None, not "),
+        ("STATE_DIR", "a\0b", "must be a path or None, not "),
         ("METRICS_TOKEN", 5, "must be a token or None, not int"),
         *(
             ("METRICS_TOKEN", empty, "must be a token or None, not an empty")
@@ -70,8 +76,9 @@ def track(**config: Any) -> None:
         ("BUFFER_RECORDS", -1, "must be a positive int, not -1"),
         ("SPOOL_BYTES", 1000, "must be an int of at least 1048576, not 1000"),
         ("STATE_DIR", 5, "must be a path or None, not 5"),
-        ("FLUSH_SECONDS", "soon", "must be a positive number of seconds, not 'soon'"),
-        ("FLUSH_SECONDS", float("nan"), "must be a positive number of seconds, not nan"),
+        ("FLUSH_SECONDS", "soon", "a positive number of seconds up to 86400, not 'soon'"),
+        ("FLUSH_SECONDS", float("nan"), "a positive number of seconds up to 86400, not nan"),
+        ("FLUSH_SECONDS", 1e12, "a positive number of seconds up to 86400, not 1000000000000.0"),
         ("RETENTION_DAYS", 0, "must be a positive number of days up to 36525 or None, not 0"),
         ("RETENTION_DAYS", "soon", "not 'soon'"),
         ("RETENTION_DAYS", True, "not True"),
@@ -216,6 +223,13 @@ def test_texts_of_the_environment_are_parsed(monkeypatch: pytest.MonkeyPatch) ->
     assert settings.privacy == "balanced"
     assert settings.retention_days == 90
     assert settings.redact == ("iban", "card")
+
+
+def test_a_set_has_the_same_order_in_each_process() -> None:
+    keys = {"plan", "tier", "region", "shop", "tenant", "channel"}
+    settings = read({"TRACK_USAGE_LABELS": keys, "TRACK_USAGE_BUCKETS": {8.0, 1.0, 0.5}})
+    assert settings.shape.labels == tuple(sorted(keys))
+    assert settings.shape.buckets == (0.5, 1.0, 8.0)
 
 
 def test_every_default_is_a_valid_value() -> None:

@@ -1046,6 +1046,14 @@ class StorageContract(StorageCore):
         for data in ({"status": "fine"}, {"date": "soon"}, {"speed": float("nan")}):
             with pytest.raises((ValueError, TypeError)):
                 storage(data)
+        for name, largest in (("status", 2**31), ("bytes_received", 2**63)):
+            with pytest.raises(ValueError, match=f"{name}: the number is too large"):
+                storage({name: largest})
+        with pytest.raises(ValueError, match="bytes_sent: invalid literal"):
+            storage({"content_length": "much"})
+        for junk in ([], None, "x", [("status", 200)]):
+            with pytest.raises(TypeError, match="a record must be a dict, not "):
+                storage(junk)  # type: ignore[arg-type]
         storage.is_of_app = True
         assert storage.count() == 0
 

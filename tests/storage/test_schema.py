@@ -234,7 +234,12 @@ def test_rows_of_flask_track_usage_are_spelled_as_ours_when_told_to(
         "ip_info": '{"city": "Caf\\u00e9", "zip": 123456789012345678901}',
         "track_var": '{"cut": "o',
     }
-    robot = {"ua_browser": "google", "ua_version": "2.1", "track_var": "[1, 2]"}
+    robot = {
+        "ua_browser": "google",
+        "ua_version": "2.1",
+        "track_var": "[1, 2]",
+        "ip_info": '{"no JSON any more":  1e999}',
+    }
     lone = {"ua_browser": "safari", "ua_platform": "android", "track_var": '{"a":  "\\ud800"}'}
     with opened(database) as storage:
         ours = make_record(browser="chrome", browser_version="1.5", track_var={"a": 1})
@@ -258,10 +263,20 @@ def test_rows_of_flask_track_usage_are_spelled_as_ours_when_told_to(
         city = '{"city":"Café","zip":123456789012345678901}'
         assert rows[4:] == [
             ("Safari", "17", "iOS", None, "203.0.113.7", city, '{"cut": "o', None),
-            ("google", "2.1", None, None, None, None, "[1, 2]", None),
+            ("google", "2.1", None, None, None, robot["ip_info"], "[1, 2]", None),
             ("Android Browser", None, "Android", None, None, None, lone["track_var"], None),
         ]
         assert next(storage.records(order="newest")) == ours
+
+
+def test_a_row_that_is_nested_too_deep_for_this_python_hides_no_other(database: str) -> None:
+    make_old(database)
+    with opened(database) as storage:
+        storage.write([make_record()])
+        deep = '{"a":' + "[" * 20_000 + "]" * 20_000 + "}"
+        with connected(database) as connection:
+            connection.execute(sa.update(storage.track_table).values(track_var=deep))
+        assert len(list(storage.records())) == len(storage.get_usage()) == 4
 
 
 # What Werkzeug 2.0.3 told of these, which flask-track-usage stored, cut to 16 characters.

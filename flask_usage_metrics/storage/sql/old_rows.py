@@ -130,7 +130,8 @@ def _json(text: str | None) -> str | None:
             return None
         if not isinstance(value, dict):
             return text
-        dense = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        # Infinity, such as of 1e999, and NaN are not JSON.
+        dense = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         dense.encode()  # a lone surrogate that was escaped
     except (ValueError, RecursionError):  # flask-track-usage cut it off
         return text

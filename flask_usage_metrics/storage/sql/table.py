@@ -239,12 +239,15 @@ def to_record(key: int, url: str | None, fields: dict[str, Any]) -> UsageRecord:
 
 
 def _object(text: str | None) -> dict[str, Any] | None:
-    """Parse a JSON object; None if it is none, such as those flask-track-usage cut off."""
+    """Parse a JSON object; None if it is none, such as those flask-track-usage cut off.
+
+    None also if it is nested deeper than this process can read: another CPython wrote it.
+    """
     if text is None:
         return None
     try:
         value = _from_json(text)
-    except (msgspec.DecodeError, TypeError):
+    except (msgspec.DecodeError, TypeError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
