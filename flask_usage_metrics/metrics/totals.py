@@ -195,21 +195,24 @@ class Totals:
         with self._lock:
             self._server, self._is_shared = server, False
 
-    def sync(self) -> None:
+    def sync(self) -> bool:
         """Sync with the shared file, if there is need; never raises, and a later sync tries again.
 
         Blocks for a second at most, once in two seconds, while the file is locked.
+
+        Returns:
+            Whether all that was counted here is in the file now, or there is none to share.
         """
         with self._lock:
-            self._sync_if_need()
+            return self._sync_if_need()
 
-    def _sync_if_need(self) -> None:
+    def _sync_if_need(self) -> bool:
         if monotonic() < self._synced_at + _FRESH_SECONDS:
             self._tracked.update(self._counts)
             is_dirty = any(table.dirty for table in self._counts.tables.values())
             if not is_dirty and not self._commits and self._tracked.gauges() == self._told:
-                return
-        self._sync()
+                return True
+        return self._sync() or self._file is None
 
     def last_commit(self, journal: CountedJournal) -> int | None:
         """Return the number of the last commit of a recovered journal that was counted.

@@ -95,6 +95,7 @@ class Checkpoints:
         self._worker_group = worker_group
         self._recovered: list[JournalReader] = []
         self._ahead: deque[_Checkpoint] = deque()
+        self._durable = [0] * len(sinks)
 
     def __bool__(self) -> bool:
         """Tell whether there is a checkpoint that is not reached yet."""
@@ -150,13 +151,16 @@ class Checkpoints:
         self._ahead.append(_Checkpoint(reader, through, reader.commit, self._received()))
 
     def checkpoint(self, waiting: Sequence[JournalEntry]) -> None:
-        """Truncate the journals up to each checkpoint that is reached.
+        """Sync the totals, then truncate the journals up to each checkpoint that is reached.
 
         Args:
             waiting: The entries that wait for their country.
         """
+        # In this order: what became of the records that are let go of is in the totals by then.
         durable = [sink.durable() for sink in self._sinks]
-        while self._ahead and all(map(ge, durable, self._ahead[0].received)):
+        if self._worker_group.sync():
+            self._durable = durable
+        while self._ahead and all(map(ge, self._durable, self._ahead[0].received)):
             reader, through = self._ahead[0].reader, self._ahead[0].through
             if reader.file is None or reader.file.committed < self._ahead[0].commit:
                 break

@@ -176,7 +176,7 @@ class Processor:
             self._lock.release()
 
     def checkpoint(self, *, timeout: float) -> None:
-        """Truncate the journals as far as the totals and all sinks allow.
+        """Sync the totals, and truncate the journals as far as these and all sinks allow.
 
         Args:
             timeout: Seconds to wait at most while another thread processes, which does it as well.
@@ -190,7 +190,6 @@ class Processor:
     def _checkpoint(self) -> None:
         for sink in self._sinks:
             sink.notice_silence()
-        self._worker_group.sync()
         self._checkpoints.checkpoint(self._unlocated)
         if self._journal.fullness() > _SPILL_FULLNESS:
             for sink in self._sinks:

@@ -113,11 +113,16 @@ class WorkerGroup:
         self.take_back()
         return file
 
-    def sync(self) -> None:
-        """Sync the totals and the app's own metrics with the other workers; never raises."""
-        self._totals.sync()
+    def sync(self) -> bool:
+        """Sync the totals and the app's own metrics with the other workers; never raises.
+
+        Returns:
+            Whether all that was counted here is where the other workers have it too.
+        """
+        is_added = self._totals.sync()
         if self._shares_app_metrics:
             self._app_metrics.sync()
+        return is_added
 
     def spool(self, sink: str) -> Spool | None:
         """Return the spool of a sink, by its name; None if there is no place for one."""

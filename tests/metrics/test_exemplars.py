@@ -385,7 +385,7 @@ class TestWorkers:
             add(ours, traced(2, after=2))
             assert numbers(ours) == {("user", "0.025"): 1}  # as other workers show
             other.execute("ROLLBACK")
-        until(lambda: ours.sync() or numbers(theirs), {("user", "0.025"): 2})
+        until(lambda: (ours.sync(), numbers(theirs)), (True, {("user", "0.025"): 2}))
 
 
 @pytest.mark.servers

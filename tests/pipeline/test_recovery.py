@@ -14,12 +14,13 @@ from helpers.process import run_python
 from flask_usage_metrics.storage.sql import SQLStorage
 
 APP = """
-import json, os, signal, sys, time
+import json, os, signal, sys, threading, time
 from pathlib import Path
 from flask import Flask
 from flask_usage_metrics import TrackUsage
 from flask_usage_metrics.pipeline import worker_group
 from flask_usage_metrics.enrich.enricher import Enricher
+from flask_usage_metrics.pipeline.delivery.queue import SinkQueue
 from flask_usage_metrics.pipeline.journal_file import JournalFile
 from flask_usage_metrics.pipeline.processing import Processor
 from flask_usage_metrics.metrics.totals import Totals
@@ -45,8 +46,8 @@ def counted(text):
     lines = [line for line in text.splitlines() if line.startswith("flask_usage_requests_total{")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
-def written(text):
-    start = 'flask_usage_records_total{sink="metrics",result="written"} '
+def written(text, sink="metrics"):
+    start = f'flask_usage_records_total{{sink="{sink}",result="written"}} '
     (line,) = [line for line in text.splitlines() if line.startswith(start)]
     return float(line.removeprefix(start))
 
@@ -59,8 +60,29 @@ def kill_after(owner, name, when=lambda *args: True):
         return result
     setattr(owner, name, patched)
 
+def write_behind_a_sync():
+    # Rows are written when the totals were synced, and before the journal is looked at.
+    synced, acked = threading.Event(), threading.Event()
+    storage, sync, ack = type(usage.storage), SharedTotals.sync, SinkQueue.ack
+    write = storage.write
+    def write_late(self, batch):
+        synced.wait(5)
+        write(self, batch)
+    def sync_first(self, new, commits, *rest):
+        result = sync(self, new, commits, *rest)
+        if commits:
+            synced.set()
+            acked.wait(5)
+        return result
+    def ack_then_tell(self, *numbers):
+        ack(self, *numbers)
+        acked.set()
+    storage.write, SharedTotals.sync, SinkQueue.ack = write_late, sync_first, ack_then_tell
+    kill_after(JournalFile, "truncate")
+
 SEAMS = {
     "captured": lambda: None,
+    "released": write_behind_a_sync,
     "half": lambda: None,
     "marked": lambda: kill_after(JournalFile, "mark"),
     "counted": lambda: kill_after(Totals, "add", lambda self, records, commits, *_: commits),
@@ -130,8 +152,8 @@ def survive(expected):
         seen = counted(ask("/metrics", True))
         time.sleep(0.05)
     time.sleep(0.2)
-    result = json.dumps([stored(), counted(ask("/metrics", True))])
-    (folder / "result").write_text(result)
+    rows, text = stored(), ask("/metrics", True)
+    (folder / "result").write_text(json.dumps([rows, counted(text), written(text, "sqlite")]))
 
 seams = sys.argv[2:]
 survivor = child(lambda: survive(1 + 20 * len(seams)))
@@ -201,22 +223,25 @@ def test_what_two_left_is_told_apart(tmp_path: Path) -> None:
     assert len(whose) == len({process for _, process in whose}) == 3
 
 
-@pytest.mark.parametrize("seam", [*SEAMS, "synced"])
+@pytest.mark.parametrize("seam", [*SEAMS, "synced", "released"])
 def test_another_worker_counts_and_stores_what_a_killed_one_left(tmp_path: Path, seam: str) -> None:
     # The second one recovers what the first one left, and dies of it at the same place.
-    done = run_python(APP + SIBLINGS, tmp_path, seam, seam)
+    environment = {"AT_ONCE": "1"} if seam == "released" else {}  # in one batch
+    done = run_python(APP + SIBLINGS, tmp_path, seam, seam, env=environment)
     assert done.returncode == 0, done.stderr
-    rows, counted = json.loads(done.stdout)
+    rows, counted, written = json.loads(done.stdout)
     names = [f"/{victim}-{number}" for victim in (0, 1) for number in range(20)]
     assert rows == sorted(["/first", *names])
     assert counted == 41
+    # What is recovered comes on top; what is let go of is in it.
+    assert written >= 41
 
 
 def test_who_dies_while_countries_are_asked_for_leaves_these_uncounted(tmp_path: Path) -> None:
     # The first had marked all for its first commit, which never came; that of the second did.
     done = run_python(APP + SIBLINGS, tmp_path, "marked", "half")
     assert done.returncode == 0, done.stderr
-    rows, counted = json.loads(done.stdout)
+    rows, counted, _ = json.loads(done.stdout)
     assert len(rows) == 41
     assert counted == 41
 
