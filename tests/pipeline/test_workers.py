@@ -326,8 +326,10 @@ def test_a_full_tmpfs_kills_no_worker_and_loses_no_record(
         (small_tmpfs / "rest").write_bytes(b"x" * _free(small_tmpfs))
         for _ in range(60):
             server.get()
-        text = server.get("/metrics")
-        assert samples(text, "flask_usage_journaled") == {(): 0}
+        answers = [requests.get(f"{server.address}/metrics", timeout=20) for _ in range(9)]
+        # A worker that came when no room was left for its view of the totals shows none.
+        texts = [answer.text for answer in answers if answer.status_code != 503]
+        assert all(samples(text, "flask_usage_journaled") == {(): 0} for text in texts)
         until(server.stored, 120)
         assert set(server.workers()) == workers
 
