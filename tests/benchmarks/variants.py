@@ -28,7 +28,7 @@ Flush = Callable[[], object]
 
 # Longer than any run: what is buffered is folded when `flush` is called, not by the clock, which a
 # simulated processor is fifty times too slow for.
-NEVER_SECONDS = 1e6
+NEVER_SECONDS = 86_400.0
 
 NOWHERE = "/proc/nowhere"
 """A folder that cannot be made: without it there is no journal."""
