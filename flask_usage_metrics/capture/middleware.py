@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from flask import Flask, got_request_exception, request, request_finished, request_started
 
@@ -38,6 +39,7 @@ class Middleware:
         start: Called before the first request of a process. Takes ``wsgi.multiprocess`` and
             whether the process ends after this request; returns a function to call at the start
             of each request, or None.
+        beside: The middlewares of all apps whose totals are the same, this one from now on too.
     """
 
     def __init__(
@@ -46,8 +48,11 @@ class Middleware:
         observer: Observer,
         *,
         start: Callable[[bool, bool], Callable[[], None] | None],
+        beside: WeakSet[Middleware],
     ) -> None:
         self.observer = observer
+        self._beside = beside
+        beside.add(self)
         self.key = f"flask_usage_metrics.{id(self)}"
         self._start = start
         self._is_started = False
@@ -140,9 +145,21 @@ class Middleware:
         self._notice = None
 
     def get_ready(self, environ: WSGIEnvironment) -> None:
-        """Start what works in this process, before its first request. Later calls do nothing."""
+        """Start what works in this process, before its first request. Later calls do nothing.
+
+        For the apps beside this one as well: what a killed worker left of them would wait on disk
+        for a request to each of them, counted in part, and pending nowhere.
+        """
         if self._is_started:
             return
+        self._start_alone(environ)
+        for other in list(self._beside):
+            if not other._is_started:
+                other._start_alone(environ)
+                if other._notice is not None:
+                    other._notice()
+
+    def _start_alone(self, environ: WSGIEnvironment) -> None:
         observer = self.observer
         multiprocess = bool(environ.get("wsgi.multiprocess"))
         # Werkzeug's server with processes=3 forks for each request, and ends the child by

@@ -182,7 +182,12 @@ def track(app: Flask, given: Given, storage: Any, owner: object) -> None:
         faults=faults,
         live=live,
     )
-    middleware = Middleware(app, observer, start=_start(pipeline, collector.totals, methods))
+    middleware = Middleware(
+        app,
+        observer,
+        start=_start(pipeline, collector.totals, methods),
+        beside=collector.middlewares,
+    )
     track_var.install(app)
     answer = middleware.wsgi_app
     if settings.metrics_path is not None and settings.metrics_token is not None:

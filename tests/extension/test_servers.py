@@ -199,6 +199,42 @@ def test_a_killed_uwsgi_worker_takes_nothing_away(launch: Launch) -> None:
     server.assert_exact(81)
 
 
+# ------------------------------------------------------------------------ several apps
+
+TWO_APPS = """
+import os
+from flask import Flask
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+from flask_usage_metrics import TrackUsage
+
+shop, blog = Flask("shop"), Flask("blog")
+for app in (shop, blog):
+    app.config.update(TRACK_USAGE_STATE_DIR="state", TRACK_USAGE_FLUSH_SECONDS=5)
+    TrackUsage(app, "sqlite:///usage.sqlite3")
+    app.add_url_rule("/", "index", lambda: str(os.getpid()))
+application = DispatcherMiddleware(shop, {"/blog": blog})
+"""
+
+
+def test_what_a_killed_worker_left_of_an_app_waits_for_no_request_to_it(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO_APPS)
+    command = (sys.executable, "-m", "gunicorn", "two:application", "-b", "127.0.0.1:{port}")
+    with Server(tmp_path, *command, "-w", "2") as server:
+        for _ in range(20):
+            server.get("/blog/")
+        victims = set(server.workers())
+        for victim in victims:
+            server.kill(victim)
+        until(lambda: bool(victims & set(server.workers())), False)
+        server.wait_until_it_answers()
+
+        def agreed() -> float | None:
+            total = sum(samples(server.get("/metrics"), "flask_usage_requests_total").values())
+            return total if total == server.stored() else None  # all scrapes are of the shop
+
+        until(lambda: (agreed() or 0) >= 20, True)
+
+
 # ------------------------------------------------------------------------ waitress
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import (
@@ -35,11 +36,13 @@ class UsageCollector(Collector):
     Attributes:
         totals: The totals.
         app_metrics: The app's own metrics in the same registry.
+        middlewares: Of these apps: when one of them starts in a process, so do the others.
     """
 
     def __init__(self, totals: Totals, app_metrics: SharedAppMetrics) -> None:
         self.totals = totals
         self.app_metrics = app_metrics
+        self.middlewares: WeakSet[Any] = WeakSet()
         self._muted = threading.local()
 
     def collect(self) -> Iterator[Metric]:
