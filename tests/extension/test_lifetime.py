@@ -121,8 +121,8 @@ def test_a_dropped_app_writes_what_it_captured_and_lets_go(
     assert alive(started)  # it is still to be written
     until(lambda: held(tmp_path, started)["threads"], [], 30)
     assert dropped() is None
-    # The totals that workers share; their copy is opened by scrapes.
-    kept = {"descriptors": 3, "runs": 1} if multiprocess else {}
+    # The totals that workers share, and their copy, each with SQLite's log and index.
+    kept = {"descriptors": 6, "runs": 1} if multiprocess else {}
     until(lambda: held(tmp_path, started), NOTHING | kept)
     assert rows(tmp_path) == 3
     assert registry.get_sample_value("flask_usage_records_pending", {"sink": "sqlite"}) is None
