@@ -51,8 +51,8 @@ class SharedTotals:
 
     - Each sync brings a copy of the file up to date before it says that anything was added. Whoever
       finds the file lost makes a new one of the copy, or of what it remembers if that is more.
-    - A new file has a history of its own (`State.lineage`) and keeps the sums that it began with.
-      A worker that remembers a later state of the lost history adds the difference, once.
+    - A new file has a history of its own (`State.lineage`), and keeps apart what was counted in
+      each of those that were lost. A worker that remembers more of one adds the difference, once.
 
     Each bucket keeps the newest exemplar of all workers.
 
@@ -81,7 +81,8 @@ class SharedTotals:
         self._commits: dict[str, int] = {}
         self._forgotten: set[str] = set()
         self._state = State()
-        self._family: frozenset[bytes] = frozenset()
+        self._branches: dict[bytes, tables.Branch] = {}
+        self._last_branch = 0
         self._pid = os.getpid()
 
     @property
@@ -165,8 +166,8 @@ class SharedTotals:
             tables.delete_workers(connection, dead)
             state = state._replace(number=change)
             tables.write_state(connection, state)
-            family = tables.read_family(connection) if is_other else self._family
-        self._family = family
+            branches = self._read_branches(connection, is_other)
+        self._last_branch, self._branches = branches
         return self._learn(state, workers, Changes({**theirs, **sums}, newer))
 
     def _merged(self, key: SeriesKey, is_other: bool) -> Numbers | None:
@@ -179,6 +180,15 @@ class SharedTotals:
         self.workers = workers
         self._state = state
         return changes
+
+    def _read_branches(
+        self, connection: sqlite3.Connection, is_other: bool
+    ) -> tuple[int, dict[bytes, tables.Branch]]:
+        """Return the number of the file's last branch, and all, read anew if there are others."""
+        last = tables.last_branch(connection)
+        if is_other or last != self._last_branch:
+            return last, tables.read_branches(connection)
+        return last, self._branches
 
     # ------------------------------------------------------------------------ reading
 
@@ -211,6 +221,8 @@ class SharedTotals:
             workers = self.workers
             if database is self._database:
                 workers, _ = tables.read_workers(connection)
+            branches = self._read_branches(connection, is_other)
+        self._last_branch, self._branches = branches
         return self._learn(state, workers, Changes(theirs, newer))
 
     def last_commit(self, journal: str) -> int | None:
@@ -278,16 +290,16 @@ class SharedTotals:
 
     def _fill(self, connection: sqlite3.Connection) -> State:
         """Begin a new history, with the sums of the copy or else those known here."""
-        known = self._state
         with suppress(*_UNUSABLE), self._copy.reading() as copy, damage_told():
             state = tables.read_state(copy)
             sums = tables.read_series(copy, -1, self._widths)
             # A copy may be lost as well, and empty or older than what is known here.
             if state.lineage and _has_all(sums, self.merged):
                 exemplars = tables.read_exemplars(copy, -1)
+                branches = tables.read_branches(copy)
                 tables.copy_other_tables(copy, connection)
-                return self._begin(connection, state, sums, exemplars)
-        return self._begin(connection, known, self.merged, self.exemplars)
+                return self._begin(connection, state, sums, exemplars, branches)
+        return self._begin(connection, self._state, self.merged, self.exemplars, self._branches)
 
     def _begin(
         self,
@@ -295,11 +307,15 @@ class SharedTotals:
         lost: State,
         sums: Mapping[SeriesKey, Numbers],
         exemplars: Mapping[SeriesKey, BucketExemplars],
+        branches: Mapping[bytes, tables.Branch],
     ) -> State:
         tables.write_series(connection, sums, lost.number)
         tables.write_exemplars(connection, exemplars, lost.number)
+        for lineage, branch in branches.items():
+            tables.write_branch(connection, lineage, branch)
         if lost.lineage:
-            tables.write_branch(connection, lost, sums)
+            own = tables.Branch(lost.number, _own(sums, branches))
+            tables.write_branch(connection, lost.lineage, own)
         state = State(os.urandom(8), lost.number)
         if self._state.lineage not in (b"", lost.lineage):
             state = self._add_what_was_lost(connection, state)
@@ -307,25 +323,43 @@ class SharedTotals:
         return state
 
     def _add_what_was_lost(self, connection: sqlite3.Connection, state: State) -> State:
-        """Add what this worker knows of a lost history and the file does not have."""
+        """Add what this worker knows of lost histories and the file does not have.
+
+        What was counted in one history only grows, and its changes are numbered: so of two who know
+        of it, the one with the larger number knows all.
+        """
+        sums = tables.read_series(connection, -1, self._widths)
+        theirs = tables.read_branches(connection)
+        is_full = len(theirs) >= tables.MOST_BRANCHES  # who is not among them may have been
+        theirs[state.lineage] = tables.Branch(state.number, _own(sums, theirs))
         known = self._state
-        branch = tables.branch_of(connection, known.lineage)
-        if branch is not None and branch >= known.number:
+        mine = {
+            **self._branches,
+            known.lineage: tables.Branch(known.number, _own(self.merged, self._branches)),
+        }
+        added: dict[SeriesKey, Numbers] = {}
+        number = state.number
+        for lineage, branch in mine.items():
+            if lineage in theirs:
+                has = theirs[lineage]
+                if has.number >= branch.number:
+                    continue
+            elif is_full:
+                continue
+            else:
+                has = tables.Branch(0, {})
+            for key, numbers in branch.sums.items():
+                more = _difference(numbers, has.sums.get(key))
+                added[key] = _sum(added.get(key), more)
+            if lineage == state.lineage:
+                number = max(number, branch.number)
+            else:
+                tables.write_branch(connection, lineage, branch)
+        if not added and number == state.number:
             return state
-        theirs = tables.read_series(connection, -1, self._widths)
-        if branch is None and not self._family.isdisjoint(tables.read_family(connection)):
-            # Lost long ago: whoever was there then has added what this worker knows, or knew less.
-            sums = {key: _larger(mine, theirs.get(key)) for key, mine in self.merged.items()}
-        else:
-            # There is no branch if somebody began anew who knew nothing.
-            began = tables.read_branch(connection, known.lineage)
-            sums = {
-                key: _sum(theirs.get(key), _difference(mine, began.get(key)))
-                for key, mine in self.merged.items()
-            }
-        tables.write_branch(connection, known, self.merged)
-        state = state._replace(number=state.number + 1)
-        tables.write_series(connection, sums, state.number)
+        state = state._replace(number=number + 1)
+        changed = {key: _sum(sums.get(key), numbers) for key, numbers in added.items()}
+        tables.write_series(connection, changed, state.number)
         tables.write_state(connection, state)
         return state
 
@@ -381,7 +415,13 @@ def _has_all(sums: Mapping[SeriesKey, Numbers], known: Mapping[SeriesKey, Number
     return all(key in sums and all(map(ge, sums[key], numbers)) for key, numbers in known.items())
 
 
-def _larger(one: Numbers | None, other: Numbers | None) -> Numbers:
-    if one is None or other is None:
-        return one or other or []
-    return [max(a, b) for a, b in zip(one, other, strict=True)]
+def _own(
+    sums: Mapping[SeriesKey, Numbers], branches: Mapping[bytes, tables.Branch]
+) -> dict[SeriesKey, Numbers]:
+    """Return what was counted in the last history alone; series without any are left out."""
+    own = {key: [*numbers] for key, numbers in sums.items()}
+    for branch in branches.values():
+        for key, numbers in branch.sums.items():
+            if key in own:
+                own[key] = _difference(own[key], numbers)
+    return {key: numbers for key, numbers in own.items() if any(numbers)}

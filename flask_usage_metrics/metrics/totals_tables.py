@@ -17,7 +17,7 @@ from flask_usage_metrics.runtime.processes import is_alive
 SeriesKey = tuple[str, LabelValues]
 """Name of a family, and the label values of one of its series."""
 
-FORMAT = 2
+FORMAT = 3
 """Number of this layout: workers of versions with another one share no file."""
 
 # Texts are kept as bytes: SQLite does not check what it reads, and Python's module fails at it.
@@ -39,7 +39,7 @@ TOTALS_SCHEMA = (
     "CREATE TABLE IF NOT EXISTS worker (pid INTEGER PRIMARY KEY, started BLOB, gauges BLOB)",
 )
 
-_ANCESTORS = 8
+MOST_BRANCHES = 64
 """How many lost histories are remembered: workers that have not come since the last losses may
 know more of one."""
 
@@ -131,41 +131,53 @@ def write_series(
     )
 
 
-def read_family(connection: sqlite3.Connection) -> frozenset[bytes]:
-    """Return the history of a file, and the lost ones that it comes from, as far as remembered."""
-    rows = connection.execute("SELECT lineage FROM ancestor UNION SELECT lineage FROM state")
-    return frozenset(lineage for (lineage,) in rows)
+class Branch(NamedTuple):
+    """What was counted in a history of a file that was lost, and not in those before it.
+
+    Attributes:
+        number: Of the last change that is in the sums.
+        sums: Added up from that history alone; a series without any is left out.
+    """
+
+    number: int
+    sums: dict[SeriesKey, Numbers]
 
 
-def branch_of(connection: sqlite3.Connection, lineage: bytes) -> int | None:
-    """Return the last change of a lost history that is in the sums; None if it is not known."""
-    row = connection.execute("SELECT number FROM ancestor WHERE lineage = ?", (lineage,)).fetchone()
-    return None if row is None else int(row[0])
+def last_branch(connection: sqlite3.Connection) -> int:
+    """Return a number that grows with each branch that is written; 0: there is none."""
+    (made,) = connection.execute("SELECT ifnull(max(made), 0) FROM ancestor").fetchone()
+    return int(made)
 
 
-def read_branch(connection: sqlite3.Connection, lineage: bytes) -> dict[SeriesKey, Numbers]:
-    """Return those sums of a lost history that are in the sums."""
-    rows = connection.execute(
-        "SELECT family, labels, numbers FROM branch WHERE lineage = ?", (lineage,)
-    )
-    return _sums(rows, {})
+def read_branches(connection: sqlite3.Connection) -> dict[bytes, Branch]:
+    """Return the lost histories whose sums are part of the file's, by lineage."""
+    numbers = connection.execute("SELECT lineage, number FROM ancestor").fetchall()
+    query = "SELECT family, labels, numbers FROM branch WHERE lineage = ?"
+    return {
+        lineage: Branch(int(number), _sums(connection.execute(query, (lineage,)), {}))
+        for lineage, number in numbers
+    }
 
 
-def write_branch(
-    connection: sqlite3.Connection, lost: State, sums: Mapping[SeriesKey, Numbers]
-) -> None:
-    """Note that the sums of a lost history are in the sums up to a change."""
-    connection.execute("DELETE FROM branch WHERE lineage = ?", (lost.lineage,))
+def write_branch(connection: sqlite3.Connection, lineage: bytes, branch: Branch) -> None:
+    """Note that the sums of a lost history are part of the file's up to a change."""
+    connection.execute("DELETE FROM branch WHERE lineage = ?", (lineage,))
     connection.executemany(
         "INSERT INTO branch VALUES (?, ?, ?, ?)",
         [
-            (lost.lineage, family.encode(), _to_json(labels), _to_json(numbers))
-            for (family, labels), numbers in sums.items()
+            (lineage, family.encode(), _to_json(labels), _to_json(numbers))
+            for (family, labels), numbers in branch.sums.items()
         ],
     )
-    (made,) = connection.execute("SELECT ifnull(max(made), 0) + 1 FROM ancestor").fetchone()
-    connection.execute("INSERT OR REPLACE INTO ancestor VALUES (?, ?, ?)", (*lost, made))
-    connection.execute("DELETE FROM ancestor WHERE made <= ?", (made - _ANCESTORS,))
+    made = last_branch(connection) + 1
+    connection.execute(
+        "INSERT OR REPLACE INTO ancestor VALUES (?, ?, ?)", (lineage, branch.number, made)
+    )
+    connection.execute(
+        "DELETE FROM ancestor WHERE lineage NOT IN"
+        " (SELECT lineage FROM ancestor ORDER BY made DESC LIMIT ?)",
+        (MOST_BRANCHES,),
+    )
     connection.execute("DELETE FROM branch WHERE lineage NOT IN (SELECT lineage FROM ancestor)")
 
 

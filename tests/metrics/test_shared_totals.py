@@ -305,6 +305,30 @@ def test_a_commit_is_known_wherever_what_it_counted_is(path: Path) -> None:
     other.close()
 
 
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(st.sampled_from([0, 1, 2, 3, "emptied", "removed"]), max_size=25))
+def test_what_is_remembered_is_added_once_when_file_and_copy_are_lost(
+    steps: list[int | str],
+) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "g", "totals.sqlite3")
+        path.parent.mkdir(mode=0o700)
+        files = [SharedTotals(path) for _ in range(4)]
+        counted = 0
+        for step in [0, 1, 2, 3, *steps]:
+            if isinstance(step, int):
+                insist([files[step]], {A: [1]})
+                counted += 1
+            else:
+                for name in (path.name, COPY):
+                    with suppress(FileNotFoundError):
+                        break_it(path.with_name(name), step)
+        insist(files * 2, {})
+        for file in files:
+            assert file.merged == {A: [counted]}
+            file.close()
+
+
 WORKERS = range(3)
 WORK = [*(f"sync {number}" for number in WORKERS), "end 0", "kill 0", "kill 1"]
 
