@@ -89,7 +89,8 @@ def test_all_apps_of_a_process_share_what_was_read(tmp_path, country_file, monke
         if number % 2:
             kept = app  # as an app of a test, the one before is dropped
     assert copied == [country_file]
-    assert len(set(descriptors[1:])) <= 1
+    # Fewer: an app of a test before this one was collected meanwhile.
+    assert not descriptors or descriptors[-1] <= descriptors[1]
     assert kinds._names.cache_info().misses == 1
     assert parser._ua_parser.cache_info().misses == 1
     assert kept.name == "shop29"

@@ -184,7 +184,9 @@ def test_what_flask_track_usage_cut_off_is_no_variable(database: str) -> None:
     with connected(database) as connection:
         for text in texts:
             connection.execute(
-                sa.text("INSERT INTO flask_usage (datetime, track_var) VALUES (:at, :text)"),
+                sa.text(
+                    "INSERT INTO flask_usage (datetime, track_var) VALUES (:at, :text)"
+                ).bindparams(sa.bindparam("at", type_=sa.DateTime)),
                 {"at": MOMENT.replace(tzinfo=None), "text": text},
             )
     with opened(database) as storage:
