@@ -6,7 +6,6 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from operator import ge
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
@@ -15,6 +14,13 @@ from flask_usage_metrics.metrics import totals_tables as tables
 from flask_usage_metrics.metrics.exemplars import BucketExemplars, newest
 from flask_usage_metrics.metrics.families import Numbers
 from flask_usage_metrics.metrics.gauges import Gauges
+from flask_usage_metrics.metrics.histories import (
+    Histories,
+    histories_of,
+    missing,
+    plus,
+    with_more,
+)
 from flask_usage_metrics.metrics.totals_tables import SeriesKey, State, damage_told
 from flask_usage_metrics.runtime.private_files import StateUnavailable
 from flask_usage_metrics.runtime.processes import started
@@ -153,8 +159,9 @@ class SharedTotals:
             if is_other:
                 newer = self._newer(newer, self.exemplars)
             sums = {
-                key: _sum(theirs.get(key) or self._merged(key, is_other), numbers)
+                key: numbers if before is None else plus(before, numbers)
                 for key, numbers in new.items()
+                for before in [theirs.get(key) or self._merged(key, is_other)]
             }
             change = state.number + 1
             tables.write_series(connection, sums, change)
@@ -215,13 +222,16 @@ class SharedTotals:
             if database is self._database:
                 oldest = max(oldest, self._shown(state.lineage))
             is_old = state.number < oldest
-            if not state.lineage or is_old or (is_other and not _has_all(theirs, self.merged)):
+            branches = self._read_branches(connection, is_other)
+            lacks = is_other and missing(
+                self._histories(), histories_of(state, theirs, branches[1])
+            )
+            if not state.lineage or is_old or lacks:
                 raise sqlite3.OperationalError("less than is known already")
             newer = self._newer(tables.read_exemplars(connection, since))
             workers = self.workers
             if database is self._database:
                 workers, _ = tables.read_workers(connection)
-            branches = self._read_branches(connection, is_other)
         self._last_branch, self._branches = branches
         return self._learn(state, workers, Changes(theirs, newer))
 
@@ -289,79 +299,57 @@ class SharedTotals:
         return 0
 
     def _fill(self, connection: sqlite3.Connection) -> State:
-        """Begin a new history, with the sums of the copy or else those known here."""
+        """Begin a new history, with what the copy has and what is known here."""
         with suppress(*_UNUSABLE), self._copy.reading() as copy, damage_told():
             state = tables.read_state(copy)
-            sums = tables.read_series(copy, -1, self._widths)
-            # A copy may be lost as well, and empty or older than what is known here.
-            if state.lineage and _has_all(sums, self.merged):
+            if state.lineage:  # else it is lost as well
+                sums = tables.read_series(copy, -1, self._widths)
+                histories = histories_of(state, sums, tables.read_branches(copy))
                 exemplars = tables.read_exemplars(copy, -1)
-                branches = tables.read_branches(copy)
-                tables.copy_other_tables(copy, connection)
-                return self._begin(connection, state, sums, exemplars, branches)
-        return self._begin(connection, self._state, self.merged, self.exemplars, self._branches)
+                tables.copy_commits(copy, connection)
+                return self._begin(connection, state.number, sums, exemplars, histories)
+        number = self._state.number
+        return self._begin(connection, number, self.merged, self.exemplars, self._histories())
 
     def _begin(
         self,
         connection: sqlite3.Connection,
-        lost: State,
+        number: int,
         sums: Mapping[SeriesKey, Numbers],
         exemplars: Mapping[SeriesKey, BucketExemplars],
-        branches: Mapping[bytes, tables.Branch],
+        histories: Histories,
     ) -> State:
-        tables.write_series(connection, sums, lost.number)
-        tables.write_exemplars(connection, exemplars, lost.number)
-        for lineage, branch in branches.items():
+        tables.write_series(connection, sums, number)
+        tables.write_exemplars(connection, exemplars, number)
+        for lineage, branch in histories.items():
             tables.write_branch(connection, lineage, branch)
-        if lost.lineage:
-            own = tables.Branch(lost.number, _own(sums, branches))
-            tables.write_branch(connection, lost.lineage, own)
-        state = State(os.urandom(8), lost.number)
-        if self._state.lineage not in (b"", lost.lineage):
-            state = self._add_what_was_lost(connection, state)
+        state = self._add_what_was_lost(connection, State(os.urandom(8), number))
         tables.write_state(connection, state)
         return state
 
     def _add_what_was_lost(self, connection: sqlite3.Connection, state: State) -> State:
-        """Add what this worker knows of lost histories and the file does not have.
-
-        What was counted in one history only grows, and its changes are numbered: so of two who know
-        of it, the one with the larger number knows all.
-        """
+        """Add what this worker knows of any history and the file does not have."""
         sums = tables.read_series(connection, -1, self._widths)
-        theirs = tables.read_branches(connection)
-        is_full = len(theirs) >= tables.MOST_BRANCHES  # who is not among them may have been
-        theirs[state.lineage] = tables.Branch(state.number, _own(sums, theirs))
-        known = self._state
-        mine = {
-            **self._branches,
-            known.lineage: tables.Branch(known.number, _own(self.merged, self._branches)),
-        }
-        added: dict[SeriesKey, Numbers] = {}
+        theirs = histories_of(state, sums, tables.read_branches(connection))
+        more = missing(self._histories(), theirs)
+        if not more:
+            return state
         number = state.number
-        for lineage, branch in mine.items():
-            if lineage in theirs:
-                has = theirs[lineage]
-                if has.number >= branch.number:
-                    continue
-            elif is_full:
-                continue
-            else:
-                has = tables.Branch(0, {})
-            for key, numbers in branch.sums.items():
-                more = _difference(numbers, has.sums.get(key))
-                added[key] = _sum(added.get(key), more)
-            if lineage == state.lineage:
-                number = max(number, branch.number)
+        for lineage, branch in more.items():
+            if lineage == state.lineage:  # an earlier state of it has come back
+                number = branch.number
             else:
                 tables.write_branch(connection, lineage, branch)
-        if not added and number == state.number:
-            return state
         state = state._replace(number=number + 1)
-        changed = {key: _sum(sums.get(key), numbers) for key, numbers in added.items()}
-        tables.write_series(connection, changed, state.number)
+        tables.write_series(connection, with_more(sums, more, theirs), state.number)
         tables.write_state(connection, state)
         return state
+
+    def _histories(self) -> Histories:
+        """Return what this worker knows."""
+        if not self._state.lineage:
+            return {}
+        return histories_of(self._state, self.merged, self._branches)
 
     def _update_copy(self) -> bool:
         """Bring the copy up to date; best effort, never raises.
@@ -398,30 +386,3 @@ class SharedTotals:
             for key, row in rows.items():
                 newer[key] = newest(newer.get(key) or self.exemplars.get(key), row)
         return newer
-
-
-def _sum(one: Numbers | None, other: Numbers | None) -> Numbers:
-    if one is None or other is None:
-        return one or other or []
-    return [a + b for a, b in zip(one, other, strict=True)]
-
-
-def _difference(one: Numbers, other: Numbers | None) -> Numbers:
-    return one if other is None else [a - b for a, b in zip(one, other, strict=True)]
-
-
-def _has_all(sums: Mapping[SeriesKey, Numbers], known: Mapping[SeriesKey, Numbers]) -> bool:
-    """Tell whether no known sum is larger than that of a file."""
-    return all(key in sums and all(map(ge, sums[key], numbers)) for key, numbers in known.items())
-
-
-def _own(
-    sums: Mapping[SeriesKey, Numbers], branches: Mapping[bytes, tables.Branch]
-) -> dict[SeriesKey, Numbers]:
-    """Return what was counted in the last history alone; series without any are left out."""
-    own = {key: [*numbers] for key, numbers in sums.items()}
-    for branch in branches.values():
-        for key, numbers in branch.sums.items():
-            if key in own:
-                own[key] = _difference(own[key], numbers)
-    return {key: numbers for key, numbers in own.items() if any(numbers)}

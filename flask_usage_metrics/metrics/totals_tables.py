@@ -62,6 +62,18 @@ class State(NamedTuple):
     number: int = 0
 
 
+class Branch(NamedTuple):
+    """What was counted in a history of a file that was lost, and not in those before it.
+
+    Attributes:
+        number: Of the last change that is in the sums.
+        sums: Added up from that history alone; a series without any is left out.
+    """
+
+    number: int
+    sums: dict[SeriesKey, Numbers]
+
+
 @contextmanager
 def damage_told() -> Iterator[None]:
     """Have what cannot be decoded count as damage of the file.
@@ -129,18 +141,6 @@ def write_series(
             for (family, labels), numbers in sums.items()
         ],
     )
-
-
-class Branch(NamedTuple):
-    """What was counted in a history of a file that was lost, and not in those before it.
-
-    Attributes:
-        number: Of the last change that is in the sums.
-        sums: Added up from that history alone; a series without any is left out.
-    """
-
-    number: int
-    sums: dict[SeriesKey, Numbers]
 
 
 def last_branch(connection: sqlite3.Connection) -> int:
@@ -262,17 +262,17 @@ def copy_changes(source: sqlite3.Connection, target: sqlite3.Connection) -> None
     for table in ("series", "exemplar"):
         changed = source.execute(f"SELECT * FROM {table} WHERE changed > ?", (since,))
         target.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", changed)
-    copy_other_tables(source, target)
-    write_state(target, state)
-
-
-def copy_other_tables(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
-    """Copy the commits of journals, and what is known of lost histories."""
-    _copy_table(source, target, "journal")
+    copy_commits(source, target)
     ancestors = "SELECT * FROM ancestor ORDER BY lineage"
     if source.execute(ancestors).fetchall() != target.execute(ancestors).fetchall():
         _copy_table(source, target, "ancestor")
         _copy_table(source, target, "branch")
+    write_state(target, state)
+
+
+def copy_commits(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
+    """Copy the commits of journals."""
+    _copy_table(source, target, "journal")
 
 
 def _copy_table(source: sqlite3.Connection, target: sqlite3.Connection, table: str) -> None:

@@ -317,7 +317,7 @@ def test_what_is_remembered_is_added_once_when_file_and_copy_are_lost(
         counted = 0
         for step in [0, 1, 2, 3, *steps]:
             if isinstance(step, int):
-                insist([files[step]], {A: [1]})
+                insist([files[step]], {A: [1, 0.1]})
                 counted += 1
             else:
                 for name in (path.name, COPY):
@@ -325,8 +325,25 @@ def test_what_is_remembered_is_added_once_when_file_and_copy_are_lost(
                         break_it(path.with_name(name), step)
         insist(files * 2, {})
         for file in files:
-            assert file.merged == {A: [counted]}
+            assert file.merged == {A: [counted, pytest.approx(counted / 10)]}
             file.close()
+
+
+def test_a_file_that_lacks_what_is_known_here_is_not_gone_over_to(path: Path) -> None:
+    """Though each of its sums may be larger by now: what it lacks would be forgotten."""
+    one, other = SharedTotals(path), SharedTotals(path)
+    for file in (one, other):
+        add(file, a=1)
+    with closing(sqlite3.connect(path.with_name(COPY), isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        add(one, a=10)
+    break_it(path, "emptied")
+    insist([other], {A: [100]})
+    with pytest.raises(sqlite3.OperationalError):
+        one.read()
+    assert look(one) == look(other) == {"a": 112}
+    one.close()
+    other.close()
 
 
 WORKERS = range(3)
